@@ -1,0 +1,68 @@
+"""Negative samples and label channels of the Forward-Forward family."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onward.data.spec import Batch
+from onward.errors import ConfigError
+
+
+def wrong_labels(y: Tensor, n_classes: int, shift: Tensor) -> Tensor:
+    """A uniformly random label that is never the true one: ``(y + s) mod K`` with s in 1..K-1, (B,)."""
+    if n_classes < 2:
+        raise ConfigError("data", n_classes, "at least two classes, so that a wrong label exists")
+    return (y + shift) % n_classes
+
+
+def draw_wrong_labels(engine, batch: Batch, n_classes: int) -> Tensor:
+    """Wrong labels for a batch from the step's stream; the same whatever the number of processes."""
+    shift = engine.draw("negatives/label", batch,
+                        lambda n, g: torch.randint(1, n_classes, (n,), generator=g))
+    return wrong_labels(batch.y, n_classes, shift.to(batch.y.device))
+
+
+def overlay(x: Tensor, code: Tensor) -> Tensor:
+    """x with the first K entries of every (flattened) sample replaced by ``code`` (B, K) or (K,)."""
+    flat = x.flatten(1).clone()
+    flat[:, : code.shape[-1]] = code
+    return flat.reshape(x.shape)
+
+
+def append(x: Tensor, code: Tensor) -> Tensor:
+    """(B, K + D): ``code`` in front of the flattened samples, nothing of them lost."""
+    flat = x.flatten(1)
+    return torch.cat([code.expand(len(flat), -1).to(flat.dtype), flat], dim=1)
+
+
+def blob_masks(n: int, shape: tuple[int, ...], source: torch.Generator, blurs: int = 6) -> Tensor:
+    """Binary masks with large connected regions, (n, *shape).
+
+    Random bits are blurred ``blurs`` times with [1/4, 1/2, 1/4] along every axis and thresholded at 1/2
+    (Hinton 2022, section 3.2, for images; one axis for vectors and the time axis for sequences).
+    """
+    if len(shape) == 3:  # an image (C, H, W): one mask for all channels
+        size = shape[1:]
+    elif len(shape) == 2:  # a sequence (T, D): whole steps are exchanged
+        size = (shape[0],)
+    else:
+        size = shape
+    mask = torch.randint(0, 2, (n, 1, *size), generator=source).float()
+    kernel = torch.tensor([0.25, 0.5, 0.25])
+    for _ in range(blurs):
+        if len(size) == 2:
+            mask = F.conv2d(F.pad(mask, (0, 0, 1, 1), mode="replicate"), kernel.view(1, 1, 3, 1))
+            mask = F.conv2d(F.pad(mask, (1, 1, 0, 0), mode="replicate"), kernel.view(1, 1, 1, 3))
+        else:
+            mask = F.conv1d(F.pad(mask, (1, 1), mode="replicate"), kernel.view(1, 1, 3))
+    mask = (mask > 0.5).float()
+    if len(shape) == 2:
+        return mask.squeeze(1).unsqueeze(-1)
+    return mask if len(shape) == 3 else mask.squeeze(1)
+
+
+def hybrids(x: Tensor, mask: Tensor, shift: int) -> Tensor:
+    """``m x_a + (1 - m) x_b`` with b another sample of the batch (a rolled by ``shift`` places)."""
+    return mask * x + (1 - mask) * x.roll(shift, dims=0)

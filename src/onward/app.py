@@ -1,0 +1,252 @@
+"""One run, from a composed config to a tested model: everything that needs torch, Lightning and MLflow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+from onward.algo.base import Rule
+from onward.checkpoint import read_checkpoint, resume_config
+from onward.config import TrainerSettings, build, config_hash
+from onward.data.base import DataSet
+from onward.data.spec import DataSpec
+from onward.engine import Engine
+from onward.errors import ConfigError, Unsupported
+from onward.hardware.base import Hardware
+from onward.model.base import Stack
+from onward.module import ExperimentModule
+from onward.parallel import Replicated
+from onward.progress import Progress
+from onward.seeds import derive
+from onward.tracking.run import Run, TrackingSettings
+
+log = logging.getLogger("onward")
+
+
+@dataclass
+class Parts:
+    """What a config builds before any compute: all of it valid together, or an error says why not."""
+
+    data: DataSet
+    spec: DataSpec
+    rule: Rule
+    model: Stack
+    hardware: Hardware
+    engine: Engine
+    probes: list
+    settings: TrainerSettings
+    total_steps: int
+
+
+def assemble(cfg: DictConfig) -> Parts:
+    """Build data, model, rule, hardware and engine from a config; nothing is run and nothing is written.
+
+    Raises:
+        ConfigError, DataError, Unsupported: with the key, the value and what would be valid.
+    """
+    settings = TrainerSettings.from_config(cfg.trainer)
+    hardware = build(cfg.hardware, key="hardware")
+    if hardware.runtime.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("hardware.runtime.accelerator", "gpu", "cpu: this machine has no CUDA device")
+    rule = build(cfg.algo, key="algo")
+    data = build(cfg.data, key="data")
+    optimizer = build(cfg.optimizer, key="optimizer")
+    schedule = build(cfg.schedule, key="schedule")
+    probes = [build(node, key=f"probe.{name}") for name, node in cfg.probe.items()]
+    spec = data.setup()
+    seed = int(cfg.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, 0, "init/model"))
+        model = build(cfg.model, rule.input_spec(spec), key="model")
+        refusal = refuse(rule, model, spec, hardware)
+        if refusal is not None:
+            raise Unsupported(refusal)
+        torch.manual_seed(derive(seed, 0, "init/rule"))
+        model = rule.setup(model, spec)
+    world = hardware.runtime.devices
+    n_batches = len(data.loader("train", seed, 0, world))
+    total = n_batches * settings.max_epochs
+    if settings.max_steps > 0:
+        total = min(total, settings.max_steps)
+    engine = Engine(rule, model, spec, optimizer, hardware=hardware, schedule=schedule, seed=seed,
+                    total_steps=total, clip_norm=settings.clip_norm, accumulate=settings.accumulate,
+                    check_locality=settings.check_locality)
+    return Parts(data, spec, rule, model, hardware, engine, probes, settings, total)
+
+
+def refuse(rule: Rule, model: Stack, spec: DataSpec, hardware: Hardware) -> str | None:
+    """None, or one sentence on why this rule, model, data and hardware do not go together."""
+    if hardware.runtime.devices > 1:
+        if any(block.uses_batch_statistics for block in model.blocks):
+            return "batch normalisation sees one process's share of the batch; with hardware=ddp use model.norm=layer"
+        if spec.layout == "graph":
+            return f"data={spec.name} is one graph, which data-parallel processes cannot share"
+    return rule.supports(model, spec, hardware)
+
+
+def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_dir: Path,
+            parent_id: str | None = None) -> float | None:
+    """Train, select on validation, test once; everything tracked. Returns the validation figure selected by."""
+    quiet_lightning()
+    resumed = None
+    if cfg.resume:
+        tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+        cfg, choices, run_dir, resumed = resume_config(cfg, overrides, choices, tracking)
+    torch.set_num_threads(int(cfg.hardware.runtime.threads))
+    parts = assemble(cfg)
+    tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+    identity = {"rule": choices["algo"], "config_hash": config_hash(cfg)}
+    if resumed is not None:
+        read_checkpoint(resumed.checkpoint, expect_rule=identity["rule"])
+    name = cfg.name or f"{choices['algo']} · {choices['model']} · {choices['data']} · s{cfg.seed}"
+    with Run.start(tracking, name=name, directory=run_dir, params=parameters(cfg, choices, overrides, parts),
+                   tags=tags(cfg, choices, parts), run_id=resumed.run_id if resumed else None,
+                   parent_id=parent_id) as run:
+        save_config(run, cfg, choices, overrides)
+        return fit(cfg, parts, run, run_dir, choices, {**identity, "run_id": run.run_id},
+                   resumed.checkpoint if resumed else None)
+
+
+def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[str, str],
+        identity: dict[str, str], checkpoint: Path | None) -> float:
+    """The Trainer around the rule: fit, then test the checkpoint that validation selected."""
+    settings, task, runtime = parts.settings, parts.spec.task, parts.hardware.runtime
+    module = ExperimentModule(parts.engine, log=run.log, probes=parts.probes, max_steps=settings.max_steps,
+                              window=max(1, parts.total_steps // 200), identity=identity)
+    metric, mode = f"val/{task.metric}", "max" if task.maximise else "min"
+    saver = ModelCheckpoint(run_dir / "checkpoints", filename="best", monitor=metric, mode=mode, save_top_k=1,
+                            save_last=True, auto_insert_metric_name=False, enable_version_counter=False)
+    callbacks: list[Any] = [Progress(settings.progress, metric, parts.total_steps)]
+    if settings.checkpoint:
+        callbacks.append(saver)
+    if settings.patience is not None:
+        callbacks.append(EarlyStopping(metric, mode=mode, patience=settings.patience, verbose=False))
+    seed = int(cfg.seed)
+    started = time.perf_counter()
+    trainer = make_trainer(parts, callbacks, run_dir)
+    loader = RankedLoader(parts.data, "train", seed, runtime.devices, settings.updates_per_step)
+    trainer.fit(module, loader, RankedLoader(parts.data, "val", seed, 1), weights_only=True,
+                ckpt_path=str(checkpoint) if checkpoint else None)
+    run.flush()
+    best = saver.best_model_path if settings.checkpoint else ""
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if settings.checkpoint and last.exists():
+        module.train_seconds = float(read_checkpoint(last)["onward"]["train_seconds"])
+    selected = float(trainer.callback_metrics[metric])
+    if best:
+        state = read_checkpoint(Path(best))
+        module.load_state_dict(state["state_dict"])
+        selected = float(saver.best_model_score) if saver.best_model_score is not None else selected
+    results = {f"best/{metric}": selected}
+    if settings.test:
+        evaluator = make_trainer(parts, [], run_dir, alone=True)
+        evaluator.test(module, RankedLoader(parts.data, "test", seed, 1), verbose=False)
+        results |= {k: v for k, v in module.results.items() if k.startswith("test/")}
+    results |= {
+        "seconds": module.train_seconds,
+        "seconds/total": time.perf_counter() - started,
+        "memory/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
+    }
+    run.log(results, parts.engine.step_index)
+    run.set_tags({"readout": getattr(module, "primary_readout", "")})
+    summarise(run, cfg, choices, parts, results)
+    return selected
+
+
+class RankedLoader:
+    """A data set's split as Lightning iterates it: this process's part of every global batch."""
+
+    def __init__(self, data: DataSet, split: str, seed: int, world: int, updates_per_step: int = 1):
+        self.data, self.split, self.seed, self.world = data, split, seed, world
+        self.updates_per_step, self.epoch = updates_per_step, 0
+
+    def _loader(self):
+        rank = torch.distributed.get_rank() if self.world > 1 and torch.distributed.is_initialized() else 0
+        loader = self.data.loader(self.split, self.seed, rank, self.world, self.updates_per_step)
+        loader.set_epoch(self.epoch)
+        return loader
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._loader())
+
+    def __iter__(self):
+        return iter(self._loader())
+
+
+def make_trainer(parts: Parts, callbacks: list, run_dir: Path, alone: bool = False) -> pl.Trainer:
+    """A bare Trainer: tracking, progress and reports are the platform's own."""
+    settings, runtime = parts.settings, parts.hardware.runtime
+    parallel = runtime.devices > 1 and not alone
+    strategy: Any = "auto"
+    if parallel:
+        strategy = Replicated(start_method="fork" if runtime.accelerator == "cpu" else "spawn",
+                              process_group_backend="gloo" if runtime.accelerator == "cpu" else None)
+    return pl.Trainer(
+        accelerator=runtime.accelerator, devices=runtime.devices if parallel else 1, strategy=strategy,
+        max_epochs=settings.max_epochs, max_steps=-1, check_val_every_n_epoch=settings.validate_every,
+        callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), num_sanity_val_steps=0,
+        use_distributed_sampler=False, default_root_dir=str(run_dir),
+    )
+
+
+def parameters(cfg: DictConfig, choices: dict[str, str], overrides: list[str], parts: Parts) -> dict[str, Any]:
+    """What the UI's parameter columns show: choices, the rule's own axes, optimizer, and anything overridden."""
+    shown: dict[str, Any] = {k: choices[k] for k in ("algo", "model", "data", "hardware", "optimizer", "schedule")}
+    shown["seed"] = cfg.seed
+    for group in ("algo", "optimizer", "model"):
+        for key, value in OmegaConf.to_container(cfg[group], resolve=True).items():
+            if not key.startswith("_"):
+                shown[f"{group}.{key}"] = value
+    shown["data.batch_size"], shown["trainer.max_epochs"] = cfg.data.batch_size, cfg.trainer.max_epochs
+    shown["parameters"] = sum(p.numel() for p in parts.model.parameters())
+    for item in overrides:
+        key = item.split("=", 1)[0].lstrip("+~")
+        value = OmegaConf.select(cfg, key)
+        if "." in key and value is not None and not OmegaConf.is_config(value):
+            shown[key] = value
+    return shown
+
+
+def tags(cfg: DictConfig, choices: dict[str, str], parts: Parts) -> dict[str, str]:
+    """Tags that group and filter runs: the group is the config without its seed."""
+    info = parts.rule.info
+    return {"algo": choices["algo"], "model": choices["model"], "data": choices["data"],
+            "hardware": choices["hardware"], "seed": str(cfg.seed), "locality": info.locality,
+            "tier": parts.rule.tier, "control": str(info.control).lower(), "group": config_hash(cfg)}
+
+
+def save_config(run: Run, cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> None:
+    """The resolved config and what was asked for, in the run's directory and among its artifacts."""
+    run.text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    run.text("choices.json", json.dumps(choices, indent=1))
+    run.text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+
+
+def summarise(run: Run, cfg: DictConfig, choices: dict[str, str], parts: Parts, results: dict) -> None:
+    from onward.report import run_table
+
+    run_table(run, cfg, choices, parts.spec.task, sum(p.numel() for p in parts.model.parameters()), results)
+
+
+def quiet_lightning() -> None:
+    """Lightning's tips and device notes say nothing a run needs; warnings stay."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

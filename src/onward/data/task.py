@@ -1,0 +1,146 @@
+"""A task says what is predicted and how it is scored: loss, target encoding, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onward.data.spec import Batch
+
+
+@dataclass(frozen=True)
+class Task:
+    """Base of all tasks. ``n_outputs`` is the width of the scores a model's readout gives.
+
+    ``per_position``: targets exist at every position of a sequence, and scores keep that axis.
+    ``metric`` is the figure runs are compared and selected by; ``maximise`` its direction.
+    """
+
+    n_outputs: int
+
+    name = "task"
+    metric = "loss"
+    maximise = False
+    per_position = False
+    classification = False
+
+    def select(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores (M, n_outputs) and targets (M, ...) of the rows that count."""
+        y = batch.y
+        if batch.mask is not None:
+            scores, y = scores[batch.mask], y[batch.mask]
+        if self.per_position:
+            scores, y = scores.reshape(-1, self.n_outputs), y.reshape(-1)
+        return scores, y
+
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Mean loss over the rows that count."""
+        return self.row_loss(*self.select(scores, batch)).mean()
+
+    def row_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Loss of every row, (M,)."""
+        raise NotImplementedError
+
+    def error(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Gradient of :meth:`loss` with respect to the scores, in closed form, same shape as scores."""
+        rows, targets = self.select(scores, batch)
+        grad = self.row_error(rows, targets) / rows.shape[0]
+        if batch.mask is not None:
+            full = torch.zeros_like(scores)
+            full[batch.mask] = grad
+            return full
+        return grad.reshape(scores.shape)
+
+    def row_error(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of every row's loss with respect to its scores, (M, n_outputs)."""
+        raise NotImplementedError
+
+    def encode(self, targets: Tensor) -> Tensor:
+        """Targets as real vectors (..., n_outputs): one-hot for classes."""
+        raise NotImplementedError
+
+    def output(self, scores: Tensor) -> Tensor:
+        """The prediction that :meth:`encode` is compared with: softmax for classes, identity otherwise."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict:
+        """Fresh torchmetrics by name, each updated with ``(scores, targets)`` as :meth:`select` gives them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One of ``n_outputs`` classes per sample; cross-entropy, accuracy."""
+
+    name = "classification"
+    metric = "accuracy"
+    maximise = True
+    classification = True
+
+    def row_loss(self, scores, targets):
+        return F.cross_entropy(scores, targets, reduction="none")
+
+    def loss(self, scores, batch):
+        return F.cross_entropy(*self.select(scores, batch))
+
+    def row_error(self, scores, targets):
+        grad = torch.softmax(scores, dim=-1)
+        grad[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+        return grad
+
+    def encode(self, targets):
+        return F.one_hot(targets, self.n_outputs).to(torch.get_default_dtype())
+
+    def output(self, scores):
+        return torch.softmax(scores, dim=-1)
+
+    def metrics(self):
+        from torchmetrics.classification import MulticlassAccuracy
+
+        return {"accuracy": MulticlassAccuracy(self.n_outputs, average="micro")}
+
+
+@dataclass(frozen=True)
+class NodeClassification(Classification):
+    """One of ``n_outputs`` classes per node of one graph; the batch mask selects the split's nodes."""
+
+    name = "node_classification"
+
+
+@dataclass(frozen=True)
+class LanguageModelling(Classification):
+    """Next token at every position; cross-entropy in nats, selected by loss, accuracy beside it."""
+
+    name = "language_modelling"
+    metric = "loss"
+    maximise = False
+    per_position = True
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """Real vectors; loss is half the squared error summed over outputs, selected by mean squared error."""
+
+    name = "regression"
+    metric = "mse"
+    maximise = False
+
+    def row_loss(self, scores, targets):
+        return 0.5 * (scores - targets).square().sum(dim=-1)
+
+    def row_error(self, scores, targets):
+        return scores - targets
+
+    def encode(self, targets):
+        return targets
+
+    def output(self, scores):
+        return scores
+
+    def metrics(self):
+        from torchmetrics.regression import MeanSquaredError
+
+        return {"mse": MeanSquaredError(num_outputs=1)}

@@ -1,0 +1,140 @@
+"""Meters of what one step costs on this machine: live bytes, bytes kept for backward, FLOPs."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from onward.data.spec import Batch
+
+if TYPE_CHECKING:
+    from onward.engine.engine import Engine
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of all tensors made while active, temporaries and gradients included; exact and repeatable.
+
+    Every new storage is followed until it is freed. Storages that existed before (parameters, inputs,
+    optimizer state) do not count.
+    """
+
+    def __init__(self, existing: Iterable[Tensor] = ()):
+        super().__init__()
+        self._seen = {t.untyped_storage()._cdata for t in existing}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for t in tree_iter((args, kwargs)):
+            if isinstance(t, Tensor):
+                self._seen.add(t.untyped_storage()._cdata)
+        out = func(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, Tensor):
+                self._follow(t.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.live -= size
+        self._seen.discard(key)
+
+
+class SavedBytes:
+    """Peak bytes held for a backward pass while active; parameters do not count, shared storages once."""
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        self._exempt = {p.untyped_storage()._cdata for p in parameters}
+        self._held: dict[int, int] = {}
+        self.live = self.peak = 0
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, t: Tensor):
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._exempt:
+            return t, None
+        if key not in self._held:
+            self._held[key] = 0
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+        self._held[key] += 1
+        return t, _Handle(self, key, storage.nbytes())
+
+    @staticmethod
+    def _unpack(packed):
+        return packed[0]
+
+    def _release(self, key: int, size: int) -> None:
+        self._held[key] -= 1
+        if self._held[key] == 0:
+            del self._held[key]
+            self.live -= size
+
+    def __enter__(self):
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc):
+        return self._hooks.__exit__(*exc)
+
+
+class _Handle:
+    """Lives exactly as long as autograd keeps the packed tensor."""
+
+    def __init__(self, meter: SavedBytes, key: int, size: int):
+        self.meter, self.key, self.size = meter, key, size
+
+    def __del__(self):
+        self.meter._release(self.key, self.size)
+
+
+def step_cost(engine: Engine, batch: Batch) -> dict[str, float]:
+    """What one update of this rule costs, measured on copies of the engine so that training is untouched.
+
+    ``flops``: of all matrix products. ``peak_bytes``: of tensors made during the step, without parameters
+    and optimizer state. ``saved_bytes``: kept for a backward pass. Counts: unit executions, pull-backs.
+    """
+    warm = copy.deepcopy(engine)
+    warm.train_step(batch)  # optimizer state exists from the second step on
+
+    trial = copy.deepcopy(warm)
+    before = trial.ledger.copy()
+    with FlopCounterMode(display=False) as flops:
+        trial.train_step(batch)
+    counts = trial.ledger - before
+
+    trial = copy.deepcopy(warm)
+    with SavedBytes(trial.model.parameters()) as saved:
+        trial.train_step(batch)
+
+    trial = copy.deepcopy(warm)
+    live = LiveBytes()
+    with live:
+        trial.train_step(batch)
+    units = engine.depth + 1
+    return {
+        "flops": float(flops.get_total_flops()),
+        "peak_bytes": float(live.peak),
+        "saved_bytes": float(saved.peak),
+        "forward_passes": counts["unit_forwards"] / units,
+        "jvp_passes": counts["unit_jvps"] / units,
+        "queries": float(counts["queries"]),
+    }

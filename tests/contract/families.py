@@ -1,0 +1,106 @@
+"""One tiny data set of every family, and every rule and model on disk as the command line composes them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from onward.config import build
+from onward.data.spec import Batch, DataSpec, Graph
+from onward.data.task import Classification, LanguageModelling, NodeClassification, Regression
+from onward.hardware.base import Hardware, Numerics
+from onward.hardware.formats import Int
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def options(group: str) -> list[str]:
+    """Names of a config group's options, from the files on disk."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+RULES, MODELS = options("algo"), options("model")
+
+
+@lru_cache
+def composed(*overrides: str) -> DictConfig:
+    """The config of ``python train.py <overrides>``."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def rule(name: str, **changes):
+    """A rule as its YAML makes it."""
+    node = composed(f"algo={name}").algo.copy()
+    for key, value in changes.items():
+        node[key] = value
+    return build(node, key="algo")
+
+
+def optimizer(name: str):
+    """The optimizer that rule's YAML chooses."""
+    return build(composed(f"algo={name}").optimizer, key="optimizer")
+
+
+SMALL = {
+    "mlp": {"widths": [12, 12]},
+    "cnn": {"channels": [4, 6]},
+    "resnet": {"depth": 8, "width": 4},
+    "transformer": {"dim": 8, "depth": 2, "heads": 2},
+    "gnn": {"widths": [8, 8]},
+    "rnn": {"widths": [8]},
+}
+
+
+def model(name: str, spec: DataSpec):
+    """A model as its YAML makes it, at a small size."""
+    node = composed(f"model={name}").model.copy()
+    for key, value in SMALL.get(name, {}).items():
+        node[key] = value
+    return build(node, spec, key="model")
+
+
+def family(name: str, n: int = 8) -> tuple[DataSpec, Batch]:
+    """A spec and one batch of random data of that family."""
+    g = torch.Generator().manual_seed(7)
+
+    def real(*shape):
+        return torch.rand(shape, generator=g)
+
+    def labels(k, *shape):
+        return torch.randint(0, k, shape or (n,), generator=g)
+
+    three = Classification(3)
+    if name == "flat":
+        return DataSpec("flat", "flat", (9,), three, n, n, n), Batch(real(n, 9), labels(3), total=n)
+    if name == "image":
+        spec = DataSpec("image", "image", (1, 8, 8), three, n, n, n, (0.0, 1.0))
+        return spec, Batch(real(n, 1, 8, 8), labels(3), total=n)
+    if name == "sequence":
+        return DataSpec("sequence", "sequence", (6, 4), three, n, n, n), Batch(real(n, 6, 4), labels(3), total=n)
+    if name == "tokens":
+        spec = DataSpec("tokens", "tokens", (6,), LanguageModelling(11), n, n, n, vocabulary=11)
+        return spec, Batch(labels(11, n, 6), labels(11, n, 6), total=n)
+    if name == "regression":
+        return DataSpec("regression", "flat", (9,), Regression(2), n, n, n), Batch(real(n, 9), real(n, 2), total=n)
+    if name == "graph":
+        a = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+        edges = torch.stack([torch.cat([a, a + 1]), torch.cat([a + 1, a])])
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[:5] = True
+        spec = DataSpec("graph", "graph", (9,), NodeClassification(3), 5, 1, 2)
+        return spec, Batch(real(n, 9), labels(3), mask=mask, context=Graph(edges, n), total=n)
+    raise AssertionError(name)
+
+
+FAMILIES = ("flat", "image", "sequence", "tokens", "regression", "graph")
+
+
+def hardware(name: str) -> Hardware:
+    if name == "ideal":
+        return Hardware()
+    return Hardware("int8", numerics=Numerics(weight=Int(8, "channel"), activation=Int(8), error=Int(8)))

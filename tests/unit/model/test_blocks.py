@@ -1,0 +1,177 @@
+"""What every block of every model owes to the rules that train it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp
+
+from onward.errors import ConfigError, Unsupported
+from onward.model.cnn import cnn
+from onward.model.gnn import gnn
+from onward.model.mlp import mlp
+from onward.model.resnet import resnet
+from onward.model.rnn import rnn
+from onward.model.transformer import transformer
+
+MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "transformer": transformer, "gnn": gnn, "rnn": rnn}
+CONF = Path(__file__).parents[3] / "conf" / "model"
+
+CASES = [
+    ("mlp", "image", {"widths": [7, 6]}),
+    ("mlp", "graph", {"widths": [7], "norm": "rms"}),
+    ("cnn", "image", {"channels": [8, 6], "norm": "batch"}),
+    ("cnn", "image", {"channels": [8], "norm": "group", "pooling": "avg", "activation": "gelu"}),
+    ("cnn", "image", {"channels": [8], "norm": "layer", "pooling": "none", "kernel_size": 5,
+                      "readout": "flatten"}),
+    ("resnet", "image", {"width": 4}),
+    ("resnet", "image", {"width": 4, "norm": "none", "shortcut": "projection", "activation": "tanh"}),
+    ("resnet", "image", {"width": 4, "norm": "group", "branch_init": "zero"}),
+    ("transformer", "image", {"dim": 8, "depth": 2, "heads": 2}),
+    ("transformer", "sequence", {"dim": 8, "depth": 1, "heads": 2, "norm": "rms", "activation": "relu"}),
+    ("transformer", "tokens", {"dim": 8, "depth": 2, "heads": 2}),
+    ("transformer", "labelled_text", {"dim": 8, "depth": 1, "heads": 1, "norm": "none"}),
+    ("gnn", "graph", {"layer": "gcn", "widths": [6, 4], "norm": "batch"}),
+    ("gnn", "graph", {"layer": "sage", "widths": [6, 4], "norm": "layer"}),
+    ("gnn", "graph", {"layer": "gat", "widths": [6, 4], "heads": 2, "activation": "elu"}),
+    ("rnn", "sequence", {"cell": "rnn", "widths": [5, 4]}),
+    ("rnn", "image", {"cell": "lstm", "widths": [5], "norm": "layer"}),
+    ("rnn", "tokens", {"cell": "gru", "widths": [5, 4], "embedding": 6}),
+    ("rnn", "labelled_text", {"cell": "lstm", "widths": [5], "readout": "mean", "embedding": 6}),
+]
+IDS = [f"{name}-{kind}-{'-'.join(map(str, options.values()))}" for name, kind, options in CASES]
+
+
+@pytest.fixture
+def built(request, make):
+    """(stack, spec, x, context, inputs of every block) in float64 and training mode."""
+    name, kind, options = request.param
+    spec = getattr(make, kind)()
+    stack = MODELS[name](spec, **options).double()
+    x, context = make.samples(spec), make.as_graph(make.adjacency()) if kind == "graph" else None
+    inputs, h = [], x
+    with torch.no_grad():
+        for block in stack.blocks:
+            inputs.append(h)
+            h = block(h, context)
+    return stack, spec, x, context, inputs
+
+
+def every_case(test):
+    return pytest.mark.parametrize("built", CASES, ids=IDS, indirect=True)(test)
+
+
+@every_case
+def test_forward_is_activate_after_pre_activation_and_shapes_are_as_declared(built):
+    stack, spec, x, context, inputs = built
+    dims = {"flat": 1, "map": 3, "sequence": 2, "nodes": 1}
+    shape = spec.input_shape
+    for block, h in zip(stack.blocks, inputs, strict=True):
+        assert block.in_shape == shape
+        out = block(h, context)
+        assert torch.equal(block.activate(block.pre_activation(h, context)), out)
+        assert out.shape == (len(x), *block.out_shape)
+        assert len(block.out_shape) == dims[block.layout]
+        shape = block.out_shape
+    per_step = (spec.input_shape[0],) if spec.task.per_position else ()
+    assert stack(x, context).shape == (len(x), *per_step, spec.task.n_outputs)
+
+
+@every_case
+def test_forward_mode_derivative_equals_the_gradient_along_the_tangent(built):
+    stack, _, _, context, inputs = built
+    for block, h in zip(stack.blocks, inputs, strict=True):
+        params = {k: p.detach() for k, p in block.named_parameters()}
+        weight = torch.randn(len(h), *block.out_shape, dtype=torch.float64)
+        along = {k: torch.randn_like(p) for k, p in params.items()}
+        # Tokens have no derivative: a real argument that changes nothing stands in for them.
+        x = torch.zeros(1, dtype=torch.float64) if block.takes_tokens else h
+        along_x = torch.randn_like(x)
+
+        def loss(p, x, block=block, h=h, weight=weight):
+            # Batch norm counts in place, which a transform allows only on tensors of its own.
+            own = {k: b.clone() for k, b in block.named_buffers()}
+            return (functional_call(block, {**p, **own}, (h if block.takes_tokens else x, context)) * weight).sum()
+
+        by_params, by_x = grad(loss, argnums=(0, 1))(params, x) if not block.takes_tokens else (
+            grad(loss)(params, x), torch.zeros_like(x))
+        backward = sum((by_params[k] * along[k]).sum() for k in params) + (by_x * along_x).sum()
+        value, forward = jvp(loss, (params, x), (along, along_x))
+        assert value == loss(params, x)
+        assert abs(forward - backward) <= 1e-10 * (1 + abs(backward))
+        # Dual numbers without a transform, on the block itself: how forward gradients run.
+        with forward_ad.dual_level():
+            duals = {k: forward_ad.make_dual(p, along[k]) for k, p in params.items()}
+            dual = h if block.takes_tokens else forward_ad.make_dual(x, along_x)
+            out = functional_call(block, duals, (dual, context))
+            tangent = forward_ad.unpack_dual(out).tangent
+        assert abs((tangent * weight).sum() - backward) <= 1e-10 * (1 + abs(backward))
+        assert all(torch.isfinite(b).all() for b in block.buffers())
+
+
+@every_case
+def test_a_copy_and_a_pickle_compute_the_same(built):
+    stack, _, x, context, _ = built
+    stack.eval()
+    out = stack(x, context)
+    assert torch.equal(copy.deepcopy(stack)(x, context), out)
+    assert torch.equal(pickle.loads(pickle.dumps(stack))(x, context), out)
+
+
+@pytest.mark.parametrize(("name", "kinds"), [
+    ("mlp", ["tokens"]),
+    ("cnn", ["flat", "sequence", "tokens", "graph"]),
+    ("resnet", ["flat", "sequence", "tokens", "graph"]),
+    ("transformer", ["flat", "graph"]),
+    ("gnn", ["flat", "image", "sequence", "tokens"]),
+    ("rnn", ["flat", "graph"]),
+])
+def test_data_that_a_model_cannot_read_are_refused_by_name(name, kinds, make):
+    for kind in kinds:
+        spec = getattr(make, kind)()
+        with pytest.raises(Unsupported, match=f"model={name} reads .* but data={spec.name} is {spec.layout}"):
+            MODELS[name](spec)
+
+
+@pytest.mark.parametrize(("name", "kind", "key", "value"), [
+    *[("mlp", "flat", "widths", bad) for bad in ([], [0], [5, -1], 5, "abc", [2.5], [True])],
+    ("mlp", "flat", "norm", None), ("mlp", "flat", "activation", "rleu"), ("mlp", "flat", "dropout", 1.0),
+    ("cnn", "image", "channels", [8, 8, 8, 8]), ("cnn", "image", "channels", []),
+    ("cnn", "image", "kernel_size", 4), ("cnn", "image", "kernel_size", 0), ("cnn", "image", "pooling", "mx"),
+    ("cnn", "image", "readout", "last"), ("cnn", "image", "norm", "rms"), ("cnn", "image", "dropout", -0.1),
+    ("resnet", "image", "depth", 9), ("resnet", "image", "depth", 2), ("resnet", "image", "width", 0),
+    ("resnet", "image", "shortcut", "none"), ("resnet", "image", "branch_init", "one"),
+    ("resnet", "image", "norm", "rms"), ("resnet", "image", "activation", None),
+    ("transformer", "image", "patch_size", 3), ("transformer", "image", "patch_size", 0),
+    ("transformer", "image", "heads", 5), ("transformer", "sequence", "depth", 0),
+    ("transformer", "sequence", "dim", -8), ("transformer", "tokens", "norm", "batch"),
+    ("gnn", "graph", "layer", "gin"), ("gnn", "graph", "widths", 64), ("gnn", "graph", "norm", "group"),
+    ("gnn", "graph", "dropout", "half"),
+    ("rnn", "sequence", "cell", "ltsm"), ("rnn", "sequence", "widths", [0]), ("rnn", "tokens", "embedding", 0),
+    ("rnn", "sequence", "norm", "batch"), ("rnn", "sequence", "readout", "flatten"),
+])
+def test_a_bad_value_is_refused_by_key(name, kind, key, value, make):
+    with pytest.raises(ConfigError) as refusal:
+        MODELS[name](getattr(make, kind)(), **{key: value})
+    assert (refusal.value.key, refusal.value.value) == (f"model.{key}", value)
+    assert refusal.value.valid
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_config_names_every_argument_and_builds(name, make):
+    path = CONF / f"{name}.yaml"
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert lines[1].startswith(f"# python train.py model={name}")
+    config = yaml.safe_load(path.read_text())
+    assert config.pop("_target_") == f"onward.model.{name}.{name}"
+    defaults = {k: p.default for k, p in inspect.signature(MODELS[name]).parameters.items() if k != "spec"}
+    assert config == {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
+    assert len(MODELS[name](make.graph() if name == "gnn" else make.image(), **config)) >= 1
