@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, MODELS, RULES, family, hardware, model, optimizer, rule
 
+from onward.catalogue import options
 from onward.engine import Engine
 from onward.errors import ConfigError, Unsupported
+from onward.samples import FAMILIES, family, hardware, model, optimizer, rule
+
+RULES, MODELS = options("algo"), options("model")
 
 
 def cell(rule_name: str, model_name: str, family_name: str, arithmetic: str) -> str | Engine:

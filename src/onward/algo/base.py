@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -276,51 +276,123 @@ class Feedback(Rule):
 class LossOracle:
     """All a perturbation rule sees: losses and directional derivatives along seeded directions.
 
-    A direction is a name: its tensor is regenerated from the seed wherever it is needed and never kept.
+    A direction is a name: its tensors are regenerated from (seed, step, name, unit) wherever they are
+    needed and never kept. Every query meets the same dropout masks and rounding noise, so that two losses
+    differ by their parameters alone. Used as a context: parameters are back where they were on leaving.
+
+    ``keep``: restore from a copy of the parameters, exact but as large as they are, instead of by
+    subtracting what was added, which rounds.
     """
 
-    def __init__(self, engine: Engine, batch: Batch, distribution: str):
+    def __init__(self, engine: Engine, batch: Batch, distribution: str, *, keep: bool = False):
         self.engine, self.batch, self.distribution = engine, batch, distribution
+        self._at: list[tuple[str, float] | None] = [None] * (engine.depth + 1)  # where each unit stands
+        self._kept: list[list[Tensor]] | None = None
+        if keep:
+            self._kept = [[p.detach().clone() for p in engine.parameters_of(i)]
+                          for i in range(engine.depth + 1)]
 
-    def direction(self, key: str, i: int, shapes: list[Tensor]) -> list[Tensor]:
-        """Unit i's part of the direction ``key``: N(0, 1) or +-1 entries."""
+    def __enter__(self) -> LossOracle:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for i, at in enumerate(self._at):
+            if at is not None:
+                self._restore(i, self.direction(at[0], i))
+
+    def direction(self, key: str, i: int) -> list[Tensor]:
+        """Unit i's part of the direction ``key``, in the shapes of its parameters: N(0, 1) or +-1 entries."""
+        params = self.engine.parameters_of(i)
+        if not params:
+            return []
         source = self.engine.generator(f"direction/{key}/{i}")
-        draw = rademacher if self.distribution == "rademacher" else normal
-        return [self.engine.hardware.apply("perturbation", draw(p, source)) for p in shapes]
+        flat = DRAWS[self.distribution](sum(p.numel() for p in params), params[0].dtype, source)
+        parts = flat.to(params[0].device).split([p.numel() for p in params])
+        # the same source rounds, so that a direction is the same tensor at every call
+        return [self.engine.hardware.apply("perturbation", z.view(p.shape), source)
+                for z, p in zip(parts, params, strict=True)]
 
-    def shift(self, key: str, scale: float) -> None:
-        """theta += scale * z, in place, block by block."""
+    def place(self, key: str, scale: float) -> None:
+        """Parameters at ``theta + scale * z(key)``, in place, unit after unit."""
         for i in range(self.engine.depth + 1):
-            params = self.engine.parameters_of(i)
-            for p, z in zip(params, self.direction(key, i, params), strict=True):
-                p.add_(z, alpha=scale)
+            at = self._at[i]
+            if at is not None and at[0] != key:
+                self._restore(i, self.direction(at[0], i))
+                at = None
+            z = self.direction(key, i)
+            self._at[i] = (key, scale)
+            if self._kept is None:
+                _add(self.engine.parameters_of(i), z, scale if at is None else scale - at[1])
+                continue
+            for p, kept, part in zip(self.engine.parameters_of(i), self._kept[i], z, strict=True):
+                torch.add(kept, part, alpha=scale, out=p.detach())
+
+    def _restore(self, i: int, z: list[Tensor]) -> None:
+        _, scale = self._at[i]
+        self._at[i] = None
+        if self._kept is None:
+            _add(self.engine.parameters_of(i), z, -scale)
+            return
+        for p, kept in zip(self.engine.parameters_of(i), self._kept[i], strict=True):
+            p.copy_(kept)
 
     def loss(self) -> Tensor:
         """The loss at the current parameters: one query."""
+        self.engine.restart_noise()
         return self.engine.loss(self.engine.forward(self.batch), self.batch)
 
     def derivative(self, key: str) -> tuple[Tensor, Tensor]:
         """(loss, <grad L, z>) by forward mode, unit after unit: memory does not grow with depth."""
         engine, h, dh = self.engine, self.batch.x, None
+        engine.restart_noise()
         for i in range(engine.depth + 1):
-            tangents = self.direction(key, i, engine.parameters_of(i))
+            tangents = self.direction(key, i)
             h, dh = engine.jvp(i, h, dh, tangents, self.batch.context)
             del tangents
         slope = (engine.output_error(h, self.batch) * dh).sum()
         return engine.loss(h, self.batch), engine.average(slope)
 
+    def gradients(self, i: int, coefficients: dict[str, Tensor]) -> list[Tensor]:
+        """``sum_k c_k z_k`` for unit i; the draw that makes it also takes the unit back to where it was."""
+        total: list[Tensor] = []
+        for key, c in coefficients.items():
+            z = self.direction(key, i)
+            at = self._at[i]
+            if at is not None and at[0] == key:
+                self._restore(i, z)
+            if not total:
+                total = [part.mul_(c) for part in z]
+            else:
+                for t, part in zip(total, z, strict=True):
+                    t.addcmul_(part, c)
+            del z
+        return total
 
-def normal(like: Tensor, source: torch.Generator) -> Tensor:
-    """Standard normal entries in the shape of ``like``."""
-    return torch.randn(like.shape, generator=source, dtype=like.dtype, device=like.device)
+
+def _add(params: Sequence[Tensor], z: Sequence[Tensor], scale: float) -> None:
+    for p, part in zip(params, z, strict=True):
+        p.add_(part, alpha=scale)
 
 
-def rademacher(like: Tensor, source: torch.Generator) -> Tensor:
-    """Entries +-1 with equal probability, one random byte each (three times cheaper than a normal draw)."""
-    n = like.numel()
-    words = torch.empty((n + 7) // 8, dtype=torch.int64).random_(generator=source)
-    bits = words.view(torch.uint8)[:n].bitwise_and_(1)
-    return bits.to(like.dtype).mul_(2).sub_(1).reshape(like.shape)
+def normal(n: int, dtype: torch.dtype, source: torch.Generator) -> Tensor:
+    """n standard normal entries."""
+    return torch.randn(n, generator=source, dtype=dtype, device=source.device)
+
+
+def rademacher(n: int, dtype: torch.dtype, source: torch.Generator) -> Tensor:
+    """n entries +-1 with equal probability, one random bit each (12 times cheaper than normal ones).
+
+    Every bit of 32-bit random words becomes the sign bit of a float32 1.0.
+    """
+    words = torch.empty((n + 63) // 64, dtype=torch.int64, device=source.device)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=source)
+    shifts = torch.arange(32, dtype=torch.int32, device=source.device).unsqueeze(1)
+    signs = torch.bitwise_left_shift(words.view(torch.int32), shifts)
+    signs.bitwise_and_(torch.iinfo(torch.int32).min).bitwise_or_(0x3F800000)
+    return signs.view(torch.float32).view(-1)[:n].to(dtype)
+
+
+DRAWS = {"normal": normal, "rademacher": rademacher}
 
 
 class Perturbation(Rule):
@@ -335,7 +407,7 @@ class Perturbation(Rule):
 
     def __init__(self, distribution: str = "normal", directions: int = 1):
         super().__init__()
-        self.distribution = choice("algo.distribution", distribution, ("normal", "rademacher"))
+        self.distribution = choice("algo.distribution", distribution, tuple(DRAWS))
         if directions < 1:
             raise ConfigError("algo.directions", directions, "a positive number of directions per update")
         self.directions = directions
@@ -344,39 +416,16 @@ class Perturbation(Rule):
         """({direction key: coefficient}, loss)."""
         raise NotImplementedError
 
+    def oracle(self, engine: Engine, batch: Batch) -> LossOracle:
+        """What :meth:`estimate` is given."""
+        return LossOracle(engine, batch, self.distribution)
+
     def step(self, engine, batch):
-        oracle = LossOracle(engine, batch, self.distribution)
-        coefficients, loss = self.estimate(oracle)
-        for i in range(engine.depth + 1):
-            params = engine.parameters_of(i)
-            grads: list[Tensor] | None = None
-            for key, c in coefficients.items():
-                part = [z.mul_(c) for z in oracle.direction(key, i, params)]
-                grads = part if grads is None else [g.add_(p) for g, p in zip(grads, part, strict=True)]
-            engine.update(i, grads)
+        with self.oracle(engine, batch) as oracle:
+            coefficients, loss = self.estimate(oracle)
+            for i in range(engine.depth + 1):
+                engine.update(i, oracle.gradients(i, coefficients))
         return {"loss": loss}
-
-
-@dataclass
-class States:
-    """Scores of a forward pass and the block outputs ``hidden[0 .. depth-1]`` that are to be relaxed."""
-
-    scores: Tensor
-    hidden: list[Tensor]
-
-
-@contextmanager
-def held_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch normalisation reads the batch but leaves its running statistics: a batch is run many times."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [m.momentum for m in norms]
-    try:
-        for m in norms:
-            m.momentum = 0.0
-        yield
-    finally:
-        for m, momentum in zip(norms, kept, strict=True):
-            m.momentum = momentum
 
 
 class Inference(Rule):

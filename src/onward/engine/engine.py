@@ -79,10 +79,14 @@ class Engine:
         return metrics
 
     def begin_step(self) -> None:
+        self.restart_noise()
+        self.updates.begin_step(self.step_index)
+
+    def restart_noise(self) -> None:
+        """Let the next pass meet the step's noise from its start: dropout masks, stochastic rounding."""
         # the global stream serves dropout and any stray draw: it too depends on the step alone
         torch.default_generator.manual_seed(derive(self.seed, self.step_index, "global"))
         self.hardware.begin_step(self.generator)
-        self.updates.begin_step(self.step_index)
 
     def end_step(self) -> None:
         self.updates.end_step()

@@ -105,13 +105,16 @@ class Hardware:
     def acts_on(self, role: str) -> bool:
         return role in self._formats
 
-    def apply(self, role: str, x: Tensor) -> Tensor:
-        """x in the format of its role, outside autograd; x itself where the role is exact."""
+    def apply(self, role: str, x: Tensor, source: torch.Generator | None = None) -> Tensor:
+        """x in the format of its role, outside autograd; x itself where the role is exact.
+
+        Stochastic rounding draws from ``source`` if given, else from the next stream of the step.
+        """
         fmt = self._formats.get(role)
         if fmt is None:
             return x
-        draw = None
-        if self.generator is not None and getattr(fmt, "rounding", "nearest") == "stochastic":
+        draw = source
+        if draw is None and self.generator is not None and getattr(fmt, "rounding", "nearest") == "stochastic":
             draw = self.generator(f"rounding/{role}/{self._calls[role]}")
         self._calls[role] += 1
         self.fired[role] += 1

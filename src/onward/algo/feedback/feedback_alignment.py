@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
@@ -36,6 +37,19 @@ def pull_back(layer: nn.Module, feedback: Tensor, grad: Tensor, input_shape) -> 
     if isinstance(layer, nn.Linear):
         return (grad @ feedback).reshape(input_shape)
     return conv2d_input(input_shape, feedback, grad, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+class _Rewire(torch.autograd.Function):
+    """z itself; its gradient goes to z unchanged and, pulled back by ``pull``, to x."""
+
+    @staticmethod
+    def forward(ctx, z, x, pull):
+        ctx.pull = pull
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, ctx.pull(grad), None
 
 
 class FeedbackAlignment(Feedback):
@@ -105,12 +119,13 @@ class FeedbackAlignment(Feedback):
 
     def step(self, engine, batch):
         h, tapes = batch.x, []
-        # hooks live for this step only: whoever differentiates the model outside it gets the exact gradient
+        # hooks live for this forward pass only: whoever differentiates the model elsewhere gets exact gradients
         with ExitStack() as hooks:
-            for i in range(engine.depth + 1):
-                for k, layer in enumerate(linear_maps(engine.units[i])):
-                    handle = layer.register_full_backward_hook(self._replace(engine, i, k))
-                    hooks.callback(handle.remove)
+            for i, unit in enumerate(engine.units):
+                for k, layer in enumerate(linear_maps(unit)):
+                    cut, join = self._hooks(engine, i, k)
+                    hooks.callback(layer.register_forward_pre_hook(cut).remove)
+                    hooks.callback(layer.register_forward_hook(join).remove)
                 tapes.append(engine.record(i, h, batch.context))
                 h = tapes[-1].output
         cotangent = engine.output_error(h, batch)
@@ -120,13 +135,22 @@ class FeedbackAlignment(Feedback):
             cotangent = below
         return {"loss": engine.task.loss(h, batch)}
 
-    def _replace(self, engine, i: int, k: int):
-        def hook(layer, grad_input, grad_output):
-            if grad_input[0] is None:
-                return None
-            return (pull_back(layer, self.matrix(engine, i, k, layer), grad_output[0], grad_input[0].shape),)
+    def _hooks(self, engine, i: int, k: int):
+        """``cut`` hides the layer's input from autograd, ``join`` gives it a gradient through B instead."""
+        entered: list[Tensor] = []
 
-        return hook
+        def cut(layer, args):
+            entered.append(args[0])
+            return (args[0].detach(),)
+
+        def join(layer, args, z):
+            x = entered.pop()
+            if not (torch.is_grad_enabled() and x.requires_grad):
+                return None
+            return _Rewire.apply(
+                z, x, lambda grad: pull_back(layer, self.matrix(engine, i, k, layer), grad, x.shape))
+
+        return cut, join
 
     def _descend(self, engine, i: int, tape: Tape, cotangent: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Unit i's gradients, and what its input receives (None for the first block)."""

@@ -1,36 +1,18 @@
-"""One tiny data set of every family, and every rule and model on disk as the command line composes them."""
+"""Tiny random data of every layout, and every rule and model on disk as the command line makes them.
+
+For tests, generated pages and dry runs: nothing here is a data set to learn from.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
-
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
+from onward.catalogue import composed
 from onward.config import build
 from onward.data.spec import Batch, DataSpec, Graph
 from onward.data.task import Classification, LanguageModelling, NodeClassification, Regression
 from onward.hardware.base import Hardware, Numerics
 from onward.hardware.formats import Int
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
-
-
-def options(group: str) -> list[str]:
-    """Names of a config group's options, from the files on disk."""
-    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
-
-
-RULES, MODELS = options("algo"), options("model")
-
-
-@lru_cache
-def composed(*overrides: str) -> DictConfig:
-    """The config of ``python train.py <overrides>``."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", list(overrides))
 
 
 def rule(name: str, **changes):

@@ -1,0 +1,37 @@
+"""Handwritten digits of scikit-learn: 1797 images of 8 x 8, embedded in the package, no file needed."""
+
+from __future__ import annotations
+
+import torch
+
+from onward.data.base import SPLITS, DataSet, Split
+from onward.data.spec import DataSpec
+from onward.data.splits import assemble, cut_whole
+from onward.data.task import Classification
+
+
+class Digits(DataSet):
+    """1797 images (1, 8, 8) in [0, 1], 10 classes (Alpaydin and Kaynak 1998; test part of the UCI set).
+
+    Args:
+        test: share of the whole that is the test set, cut with a fixed seed.
+        common: see :class:`DataSet`; ``validation`` is a share of what the test set leaves.
+    Raises:
+        ConfigError: a share outside (0, 1).
+    """
+
+    name = "digits"
+
+    def __init__(self, test: float = 0.2, **common):
+        super().__init__(**common)
+        self.test = test
+
+    def read(self) -> tuple[DataSpec, dict[str, Split]]:
+        from sklearn.datasets import load_digits
+
+        pixels, classes = load_digits(return_X_y=True)
+        x = torch.from_numpy(pixels).float().div_(16).reshape(-1, 1, 8, 8)
+        y = torch.from_numpy(classes).long()
+        index = cut_whole(len(x), self.test, self.validation, self.limit)
+        parts = {split: (x[index[split]], y[index[split]]) for split in SPLITS}
+        return assemble(self.name, "image", Classification(10), parts, value_range=(0.0, 1.0))
