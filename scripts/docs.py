@@ -69,7 +69,7 @@ def memory_growth(name: str) -> str:
 
 
 def runs_on(name: str) -> list[list[str]]:
-    """A row per model, a cell per data layout: yes, or a footnote's number."""
+    """A row per model, a cell per data layout: yes, empty where the model reads no such data, or a footnote."""
     rows, reasons = [], []
     for model_name in options("model"):
         row = [model_name]
@@ -82,6 +82,8 @@ def runs_on(name: str) -> list[list[str]]:
                 reason = str(e)
             if reason is None:
                 row.append("yes")
+            elif reads(model_name, family_name) is False:
+                row.append("")
             else:
                 reason = reason.replace(f"data={family_name}", "this data")
                 if reason not in reasons:
@@ -89,6 +91,16 @@ def runs_on(name: str) -> list[list[str]]:
                 row.append(f"no [{reasons.index(reason) + 1}]")
         rows.append(row)
     return rows + [[f"[{i + 1}] {r}"] for i, r in enumerate(reasons)]
+
+
+@lru_cache
+def reads(model_name: str, family_name: str) -> bool:
+    """Whether the model reads this layout at all, whatever the rule."""
+    try:
+        model(model_name, family(family_name)[0])
+    except (Unsupported, ConfigError):
+        return False
+    return True
 
 
 def experiments() -> list[dict]:
@@ -227,7 +239,8 @@ def data_page() -> str:
     page = group_page("Data", "data", "Three disjoint splits everywhere; nothing selects on test. Files are sought in "
                       "`data.root`, `ONWARD_DATA`, `/usr/share/datasets` and the user's cache, then downloaded if "
                       "`data.download=true`; hashes are of the decompressed content.")
-    rows = [[f.name, f"<{f.url}>", f"`{f.hash or ''}`", f.terms] for f in FILES.values()]
+    rows = [[f"{data}: {f.name}", f"<{f.address}>", f"`{f.digest}`", f.terms]
+            for data, files in FILES.items() for f in files.values()]
     return page + "\n".join(["## Published files", "", *table(["file", "address", "hash", "terms"], rows), ""])
 
 

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +29,8 @@ VALUES = ("seed", "name", "resume", "search", "reported", "obtained", "paths")
 #: What does not change what a run computes, and is left out of :func:`config_hash`.
 NOT_HASHED = frozenset({"seed", "name", "resume", "search", "reported", "obtained", "tracking", "paths", "hydra"})
 NOT_HASHED_TRAINER = frozenset({"progress", "profile"})
+
+T = TypeVar("T")
 
 _SPECIAL = frozenset({"_target_", "_partial_"})
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
@@ -69,12 +71,15 @@ class TrainerSettings:
             raise ConfigError("trainer.patience", self.patience,
                               "a positive number of validations, or null for no early stop")
 
+    @classmethod
+    def from_config(cls, node: Mapping) -> TrainerSettings:
+        """The settings of a ``trainer`` node. Raises ConfigError for an unknown key, a type or a range."""
+        return structured(cls, node, key="trainer")
 
-def trainer_settings(node: Mapping) -> TrainerSettings:
-    """The checked settings of a ``trainer`` node. Raises ConfigError for an unknown key, type or range."""
-    values = _plain(node, "trainer")
-    values.pop("_target_", None)
-    return _call(TrainerSettings, (), _checked(TrainerSettings, (), values, "trainer", partial=False), "trainer")
+
+def structured(cls: type[T], node: Mapping | None, *, key: str) -> T:
+    """An instance of a dataclass from a node without ``_target_``: the same checks as :func:`build`."""
+    return cls(**_checked(cls, (), _plain(node, key), key, partial=False))
 
 
 def validate(cfg: DictConfig) -> None:
@@ -96,7 +101,7 @@ def validate(cfg: DictConfig) -> None:
             raise ConfigError(key, cfg.get(key), fault)
     if cfg.seed < 0:
         raise ConfigError("seed", cfg.seed, "an integer of at least 0")
-    trainer_settings(cfg.trainer)
+    TrainerSettings.from_config(cfg.trainer)
 
 
 def _shown(cfg: DictConfig, key: object) -> object:

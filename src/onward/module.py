@@ -74,11 +74,11 @@ class ExperimentModule(pl.LightningModule):
                     self._probe(probe, part)
             metrics = engine.train_step(part)
             sums = self._sums
-            if sums:
-                for name, value in metrics.items():
-                    sums[name] = sums[name] + value if name in sums else value
-            else:
-                sums.update(metrics)
+            for name, value in metrics.items():
+                if name in sums:
+                    sums[name] += value
+                else:
+                    sums[name] = value.clone()
             self._count += 1
             if self._count >= self.window:
                 self._flush()
@@ -97,8 +97,14 @@ class ExperimentModule(pl.LightningModule):
     def _flush(self) -> None:
         if not self._count:
             return
-        means = {f"train/{name}" if not name.startswith("block/") else name: value / self._count
-                 for name, value in self._sums.items()}
+        means: dict[str, Tensor] = {}
+        for name, value in self._sums.items():
+            value = value / self._count
+            if value.dim():
+                group, what = name.split("/", 1)
+                means |= {f"{group}/{i}/{what}": v for i, v in enumerate(value)}
+            else:
+                means[f"train/{name}"] = value
         self._sums, self._count = {}, 0
         bad = [name for name, value in means.items() if not torch.isfinite(value)]
         if bad:

@@ -1,4 +1,4 @@
-"""Deep supervision: its gradient by autograd and by hand, its limits, and the heads it shares with local rules."""
+"""Deep supervision: its gradient by hand, its limits, and the heads it shares with local rules."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_int8_arithmetic_acts_on_every_role():
 
 
 def test_a_readout_that_nothing_trains_is_refused():
-    with pytest.raises(ConfigError, match="algo.readout='readout' is not valid"):
+    with pytest.raises(ConfigError, match=r"algo.readout='readout' is not valid"):
         DeepSupervision("heads", readout="readout")
-    with pytest.raises(ConfigError, match="algo.losses='head' is not valid: did you mean 'heads'"):
+    with pytest.raises(ConfigError, match=r"algo.losses='head' is not valid: did you mean 'heads'"):
         DeepSupervision("head")

@@ -63,12 +63,13 @@ def test_int8_arithmetic_acts_on_the_frozen_blocks():
     before = engine.model.readout.linear.weight.detach().clone()
     assert torch.isfinite(engine.train_step(a_batch())["loss"])
     # each of two blocks reads one weight matrix and gives one activation; the readout reads one matrix
-    assert hardware.fired["weight"] == 3 and hardware.fired["activation"] == 2
+    assert hardware.fired["weight"] == 3
+    assert hardware.fired["activation"] == 2
     assert not torch.equal(engine.model.readout.linear.weight, before)
 
 
 def test_unknown_features_are_refused():
-    with pytest.raises(ConfigError, match="algo.features='first' is not valid"):
+    with pytest.raises(ConfigError, match=r"algo.features='first' is not valid"):
         FrozenTrunk("first")
 
 

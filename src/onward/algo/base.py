@@ -79,7 +79,10 @@ class Rule(nn.Module):
         return None
 
     def step(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
-        """One update from one batch; returns detached 0-dim metrics ("loss" at least). Runs without autograd."""
+        """One update from one batch, without autograd; returns detached metrics.
+
+        ``loss`` at least, 0-dim; a vector named ``block/<what>`` holds one value per block.
+        """
         raise NotImplementedError
 
     def predict(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
@@ -147,7 +150,7 @@ class BlockLocal(Rule):
 
     def step(self, engine, batch):
         entered = self.training_batch(engine, batch)
-        h, metrics, total = entered.x, {}, None
+        h, losses = entered.x, engine.block_losses.zero_()
         active = self.active(engine)
         for i in range(engine.depth):
             h = self.block_input(i, h)
@@ -164,12 +167,9 @@ class BlockLocal(Rule):
             loss, cotangent, local_grads = closed
             own_grads, _ = tape.vjp(cotangent)
             engine.update(i, [*own_grads, *local_grads])
-            del tape, cotangent, own_grads, local_grads, closed
-            metrics[f"block/{i}/loss"] = loss
-            total = loss if total is None else total + loss
-        metrics["loss"] = total
-        metrics.update(self.finish(engine, h, batch))
-        return metrics
+            losses[i] = loss
+            del tape, cotangent, own_grads, local_grads, closed, loss
+        return {"loss": losses.sum(), "block/loss": losses, **self.finish(engine, h, batch)}
 
 
 class Plasticity(Rule):

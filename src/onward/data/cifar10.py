@@ -31,10 +31,12 @@ def read_records(path: Path, content: bytes) -> tuple[Tensor, Tensor]:
     size = N_RECORDS * (1 + N_PIXELS)
     if len(content) != size:
         how = "is truncated" if len(content) < size else "is too long"
-        raise DataError(f"{path} {how}: {len(content):,} bytes instead of {N_RECORDS:,} records of {1 + N_PIXELS}")
+        raise DataError(f"{path} {how}: {len(content):,} bytes instead of {N_RECORDS:,} records of "
+                        f"{1 + N_PIXELS:,}")
     records = torch.from_numpy(np.frombuffer(content, np.uint8).copy()).reshape(N_RECORDS, 1 + N_PIXELS)
-    if int(records[:, 0].max()) >= N_CLASSES:
-        raise DataError(f"{path} has the label {int(records[:, 0].max())} where classes are 0 to {N_CLASSES - 1}")
+    highest = int(records[:, 0].max())
+    if highest >= N_CLASSES:
+        raise DataError(f"{path} has the label {highest} where classes are 0 to {N_CLASSES - 1}")
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 

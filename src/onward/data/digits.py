@@ -6,7 +6,7 @@ import torch
 
 from onward.data.base import SPLITS, DataSet, Split
 from onward.data.spec import DataSpec
-from onward.data.splits import assemble, cut_whole
+from onward.data.splits import assemble, check_share, cut_whole
 from onward.data.task import Classification
 
 
@@ -24,6 +24,7 @@ class Digits(DataSet):
 
     def __init__(self, test: float = 0.2, **common):
         super().__init__(**common)
+        check_share("data.test", test)
         self.test = test
 
     def read(self) -> tuple[DataSpec, dict[str, Split]]:

@@ -70,9 +70,12 @@ def _idx_files(data: str, base: str, digests: dict[str, str], **common) -> dict[
 
 def _cifar10_files() -> dict[str, Published]:
     digests = {
-        "data_batch_1": "5dd7e06a14cb22eb9f671a540d1b7c25", "data_batch_2": "5ea93a67294ea407fff1d09f752e9692",
-        "data_batch_3": "942cd6a4bcdd0dd3c604fbe906cb4421", "data_batch_4": "ae636b3ba5c66a11e91e8cb52e771fcb",
-        "data_batch_5": "53f37980c15c3d472c316c40844f3f0d", "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d",
+        "data_batch_1": "5dd7e06a14cb22eb9f671a540d1b7c25",
+        "data_batch_2": "5ea93a67294ea407fff1d09f752e9692",
+        "data_batch_3": "942cd6a4bcdd0dd3c604fbe906cb4421",
+        "data_batch_4": "ae636b3ba5c66a11e91e8cb52e771fcb",
+        "data_batch_5": "53f37980c15c3d472c316c40844f3f0d",
+        "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d",
     }
     return {
         f"{stem}.bin": Published(
@@ -112,8 +115,8 @@ _PLANETOID = {  # (size, sha256) of ind.<set>.<part>
 def _planetoid_files(data: str) -> dict[str, Published]:
     base = "https://raw.githubusercontent.com/kimiyoung/planetoid/master/data/"
     return {
-        part: Published(data, f"ind.{data}.{part}", size, f"sha256:{digest}", f"{base}ind.{data}.{part}", "MIT",
-                        ("planetoid", data, f"{data}/raw", f"{data.capitalize()}/raw"))
+        part: Published(data, f"ind.{data}.{part}", size, f"sha256:{digest}", f"{base}ind.{data}.{part}",
+                        "MIT (Yang, Cohen and Salakhutdinov)", ("planetoid", data, f"{data}/raw"))
         for part, (size, digest) in _PLANETOID[data].items()
     }
 
@@ -225,9 +228,9 @@ def obtain(file: Published, root: str | None = None, download: bool = False) -> 
             looked.insert(1 if root is not None else 0, f"{VARIABLE} (not set)")
         hint = f"; {file.hint}" if file.hint else ""
         raise DataError(
-            f"data={file.data}: {file.name} is not in {', '.join(looked)}. Say data.download=true to fetch it from "
-            f"{file.address} (terms: {file.terms}), or put it into the folder {file.folders[0]} of one of these "
-            f"places{hint}."
+            f"data={file.data}: {file.name} is not in {', '.join(looked)}. Say data.download=true to fetch "
+            f"it from {file.address} (terms: {file.terms}), or put it into the folder {file.folders[0]} of "
+            f"one of these places{hint}."
         )
     return path
 
@@ -302,11 +305,11 @@ def load(file: Published, root: str | None = None, download: bool = False,
 def fetch(file: Published) -> Path:
     """Download a file (with the others of its archive) to the user's cache; return its path there.
 
-    What is downloaded is checked before it is moved to its place, so nothing wrong is left behind. One process
-    downloads, others wait for it.
+    What is downloaded is checked before it is moved to its place, so nothing wrong is left behind. One
+    process downloads, others wait for it.
 
     Raises:
-        DataError: no connection, an error of the server, a full disk, or content that is not the published one.
+        DataError: no connection, an error of the server, a full disk, or not the published content.
     """
     from filelock import FileLock
 
@@ -319,7 +322,8 @@ def fetch(file: Published) -> Path:
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
                     _fill(file, folder, Path(scratch))
     except OSError as reason:
-        raise DataError(f"data={file.data}: {file.address} cannot be downloaded to {folder}: {reason}") from None
+        raise DataError(f"data={file.data}: {file.address} cannot be downloaded to {folder}: "
+                        f"{reason}") from None
     return target
 
 
@@ -357,7 +361,8 @@ def _members(file: Published, archive: Path) -> dict[str, bytes]:
                 m.name.startswith(file.member) if file.is_folder else m.name == file.member)]
             contents = {Path(m.name).name: tar.extractfile(m).read() for m in chosen}
     except (tarfile.TarError, EOFError, zlib.error) as reason:
-        raise DataError(f"data={file.data}: what {file.address} gave is not a whole archive: {reason}") from None
+        raise DataError(f"data={file.data}: what {file.address} gave is not a whole archive: "
+                        f"{reason}") from None
     if not contents:
         raise DataError(f"data={file.data}: the archive at {file.address} has no {file.member}")
     return contents

@@ -39,8 +39,8 @@ def image_splits(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Te
                  validation: float, limit: int | None, normalize: str) -> tuple[DataSpec, dict[str, Split]]:
     """Splits of byte images (N, C, H, W) with a published test set.
 
-    ``normalize="none"`` gives pixels in [0, 1]; ``"standard"`` gives (pixel - mean) / deviation by channel, with
-    the statistics of the training split alone.
+    ``normalize="none"`` gives pixels in [0, 1]; ``"standard"`` gives (pixel - mean) / deviation by channel,
+    with the statistics of the training split alone.
     """
     index = cut_published(len(train[0]), len(test[0]), validation, limit)
     parts = {split: tuple(t.index_select(0, index[split]) for t in (test if split == "test" else train))

@@ -27,17 +27,17 @@ def read_idx(path: Path, content: bytes, shape: tuple[int, ...]) -> Tensor:
     magic = 0x0800 + len(shape)
     found = int.from_bytes(content[:4], "big")
     if len(content) < 4 or found != magic:
-        raise DataError(f"{path} is not an idx file of {len(shape)} axes: it starts with {content[:4].hex() or 'nothing'} "
-                        f"instead of the magic number {magic:08x}")
+        raise DataError(f"{path} is not an idx file of {len(shape)} axes: it starts with "
+                        f"{content[:4].hex() or 'nothing'} instead of the magic number {magic:08x}")
     start = 4 + 4 * len(shape)
     sizes = tuple(int.from_bytes(content[at:at + 4], "big") for at in range(4, start, 4))
     if sizes != shape:
-        raise DataError(f"{path} holds {' x '.join(map(str, sizes))} values instead of {' x '.join(map(str, shape))}")
+        raise DataError(f"{path} holds {' x '.join(map(str, sizes))} values instead of "
+                        f"{' x '.join(map(str, shape))}")
     n = math.prod(shape)
     if len(content) != start + n:
         how = "is truncated" if len(content) < start + n else "has bytes beyond its end"
         raise DataError(f"{path} {how}: {max(0, len(content) - start):,} values instead of {n:,}")
-    # Read-only memory is never written to: every split is an indexed copy.
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).copy()).reshape(shape)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onward.data.base import SPLITS, DataSet, Split
-from onward.data.files import FILES, load, obtain
+from onward.data.files import FILES, load
 from onward.data.spec import DataSpec, Graph
 from onward.data.splits import limited
 from onward.data.task import NodeClassification
@@ -21,7 +21,7 @@ N_VAL = 500
 
 
 class SparseRows:
-    """What a pickled CSR matrix unpickles to: an object with data, indices, indptr and a shape, no code run."""
+    """What a pickled CSR matrix unpickles to: its data, indices, indptr and shape, with no code run."""
 
     def dense(self) -> np.ndarray:
         """The matrix as float32 (rows, columns)."""
@@ -53,7 +53,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-def unpickle(content: bytes, source: object):
+def unpickle(content: bytes, source: str):
     """An object of the Planetoid files (Python 2 pickles, hence latin-1).
 
     Raises:
@@ -61,7 +61,7 @@ def unpickle(content: bytes, source: object):
     """
     try:
         return RestrictedUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as reason:
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as reason:
         raise DataError(f"{source} cannot be unpickled: {reason}") from None
 
 
@@ -77,8 +77,8 @@ class Planetoid(DataSet):
 
     One batch is the whole graph: x (N, D) bag of words with rows summing to 1 (0 for a node without words),
     y (N,), a mask by split, and the edges as context (Yang, Cohen and Salakhutdinov 2016; split as Kipf and
-    Welling 2017). ``batch_size`` and ``validation`` have no effect, the split being published; ``limit`` keeps
-    that many labelled nodes of every split, and all nodes and edges.
+    Welling 2017). ``batch_size`` and ``eval_batch_size`` have no effect. ``limit`` keeps that many labelled
+    nodes of every split, and all nodes and edges.
 
     Raises:
         DataError: a file missing or damaged.
@@ -123,8 +123,7 @@ class Planetoid(DataSet):
         return load(FILES[self.name][part], self.root, self.download)
 
     def _object(self, part: str):
-        content = self._content(part)
-        return unpickle(content, obtain(FILES[self.name][part], self.root))
+        return unpickle(self._content(part), FILES[self.name][part].name)
 
     def _matrix(self, part: str) -> np.ndarray:
         return self._object(part).dense()

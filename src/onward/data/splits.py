@@ -1,4 +1,4 @@
-"""From tensors to three disjoint splits: who is held out, what ``limit`` keeps, standardising by training data."""
+"""From tensors to three disjoint splits: what is held out, what ``limit`` keeps, standardising."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Parts = dict[str, tuple[Tensor, Tensor]]
 
 
 def limited(index: Tensor, limit: int | None, split: str) -> Tensor:
-    """The first ``limit`` indices after one fixed shuffle of the split, in ascending order; None keeps all."""
+    """The first ``limit`` indices after one fixed shuffle of the split, ascending; None keeps all."""
     if limit is None or limit >= len(index):
         return index
     order = torch.randperm(len(index), generator=generator(0, 0, f"data/limit/{split}"))
     return index[order[:limit]].sort().values
 
 
-def checked_hold_out(n: int, share: float, key: str = "data.validation", unit: str = "samples") -> tuple[Tensor, Tensor]:
+def checked_hold_out(n: int, share: float, key: str = "data.validation") -> tuple[Tensor, Tensor]:
     """:func:`hold_out` that refuses a share which leaves nothing to train on."""
     kept, held = hold_out(n, share)
     if len(kept) == 0:
-        raise ConfigError(key, share, f"a share that leaves at least one of {n} {unit} to train on")
+        raise ConfigError(key, share, f"a share that leaves at least one of {n} samples to train on")
     return kept, held
 
 
@@ -45,7 +45,6 @@ def cut_whole(n: int, test: float, validation: float, limit: int | None) -> dict
 
     ``test`` is the share of the whole that is held out first, ``validation`` the share of what is left.
     """
-    check_share("data.test", test)
     rest, held = checked_hold_out(n, test, "data.test")
     train, val = checked_hold_out(len(rest), validation)
     index = {"train": rest[train], "val": rest[val], "test": held}
@@ -57,11 +56,11 @@ def cut_in_order(n: int, test: float, validation: float) -> dict[str, range]:
 
     ``test`` is the share of the whole at its end, ``validation`` the share of the rest before that.
     """
-    check_share("data.test", test)
     start_test = n - max(1, round(n * test))
     start_val = start_test - max(1, round(start_test * validation))
     if start_val < 1:
-        raise ConfigError("data.validation", validation, f"a share that leaves at least one of {n} samples to train on")
+        raise ConfigError("data.validation", validation,
+                          f"a share that leaves at least one of {n} samples to train on")
     return {"train": range(start_val), "val": range(start_val, start_test), "test": range(start_test, n)}
 
 
@@ -72,7 +71,7 @@ def check_share(key: str, value: float) -> None:
 
 
 def standardise(parts: Parts, axes: tuple[int, ...]) -> Parts:
-    """(x - mean) / deviation over ``axes`` of the *training* inputs, in float64; constant features become 0."""
+    """(x - mean) / deviation over ``axes`` of the *training* inputs; a constant feature is only shifted."""
     train = parts["train"][0].double()
     mean = train.mean(axes, keepdim=True)
     deviation = train.var(axes, correction=0, keepdim=True).sqrt()
@@ -80,8 +79,9 @@ def standardise(parts: Parts, axes: tuple[int, ...]) -> Parts:
     return {split: (((x.double() - mean) / deviation).float(), y) for split, (x, y) in parts.items()}
 
 
-def assemble(name: str, layout: Layout, task: Task, parts: Parts, *, value_range: tuple[float, float] | None = None,
-             vocabulary: int | None = None, stream: bool = False) -> tuple[DataSpec, dict[str, Split]]:
+def assemble(name: str, layout: Layout, task: Task, parts: Parts, *,
+             value_range: tuple[float, float] | None = None, vocabulary: int | None = None,
+             stream: bool = False) -> tuple[DataSpec, dict[str, Split]]:
     """Spec and splits of samples along the first axis."""
     spec = DataSpec(
         name, layout, tuple(parts["train"][0].shape[1:]), task,

@@ -22,7 +22,7 @@ RATE = 8000  # Hz
 WINDOW, HOP = 256, 128  # samples: 32 ms, 16 ms
 N_RECORDINGS = 3000
 N_TEST_INDEX = 5  # recordings 0 to 4 of every digit and speaker are the published test split
-FLOOR = 1e-4  # power added before the logarithm, near that of the quietest recordings
+FLOOR = 1e-6  # power added before the logarithm: digital silence lies 2 deviations under speech, not 20
 NAME = re.compile(r"(\d)_([a-z]+)_(\d+)\.wav")
 
 
@@ -79,7 +79,7 @@ class SpokenDigits(DataSet):
         n_mels: bands of the mel scale.
         common: see :class:`DataSet`.
     Raises:
-        ConfigError: a size below 1, or more bands than 256-sample windows can tell apart.
+        ConfigError: a size below 1, or more bands than a window of 256 samples can tell apart.
         DataError: recordings missing or damaged.
     """
 
@@ -90,16 +90,19 @@ class SpokenDigits(DataSet):
         if frames < 1:
             raise ConfigError("data.frames", frames, "a positive number of frames")
         if n_mels < 1 or (mel_filters(n_mels).sum(0) == 0).any():
-            raise ConfigError("data.n_mels", n_mels, "1 to 40 bands")
+            raise ConfigError("data.n_mels", n_mels, "1 to 86, so that every band holds a frequency")
         self.frames, self.n_mels = frames, n_mels
 
     def read(self) -> tuple[DataSpec, dict[str, Split]]:
         file = FILES[self.name]["recordings"]
         folder = obtain(file, self.root, self.download)
-        contents = {name: content for name, content in read_folder(folder, ".wav").items() if NAME.fullmatch(name)}
+        contents = read_folder(folder, ".wav")
+        strange = next((name for name in contents if NAME.fullmatch(name) is None), None)
+        if strange is not None:
+            raise DataError(f"{folder / strange} is not named digit_speaker_index.wav")
         if len(contents) != N_RECORDINGS:
-            raise DataError(f"{folder} has {len(contents):,} recordings instead of {N_RECORDINGS:,}; a whole copy is "
-                            f"at {file.address}")
+            raise DataError(f"{folder} has {len(contents):,} recordings instead of {N_RECORDINGS:,}; "
+                            f"a whole copy is at {file.address}")
         sounds = {name: read_wave(folder / name, content) for name, content in contents.items()}
         verify(file, folder, folder_content(contents))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onward.data.base import SPLITS, DataSet, Split
 from onward.data.spec import DataSpec
-from onward.data.splits import assemble, cut_whole
+from onward.data.splits import assemble, check_share, cut_whole
 from onward.data.task import Regression
 from onward.errors import ConfigError
 from onward.seeds import generator
@@ -34,14 +34,15 @@ class TeacherStudent(DataSet):
 
     name = "teacher_student"
 
-    def __init__(self, inputs: int = 20, outputs: int = 3, teacher: Sequence[int] = (30,), samples: int = 5000,
-                 noise: float = 0.0, instance: int = 0, test: float = 0.2, **common):
+    def __init__(self, inputs: int = 20, outputs: int = 3, teacher: Sequence[int] = (30,),
+                 samples: int = 5000, noise: float = 0.0, instance: int = 0, test: float = 0.2, **common):
         super().__init__(**common)
+        check_share("data.test", test)
         for key, value in (("inputs", inputs), ("outputs", outputs)):
             if value < 1:
                 raise ConfigError(f"data.{key}", value, "a positive size")
         if any(width < 1 for width in teacher):
-            raise ConfigError("data.teacher", list(teacher), "positive widths, as in [30], or [] for a linear teacher")
+            raise ConfigError("data.teacher", list(teacher), "positive widths, as in [30]; [] is linear")
         if samples < 3:
             raise ConfigError("data.samples", samples, "at least 3, one for every split")
         if noise < 0:

@@ -49,7 +49,8 @@ class TinyShakespeare(DataSet):
             text = ids[spans[split].start:spans[split].stop]
             n = (len(text) - 1) // self.context
             if n < 1:
-                raise ConfigError("data.context", self.context, f"less than the {len(text)} characters of {split}")
+                raise ConfigError("data.context", self.context,
+                                  f"less than the {len(text)} characters of {split}")
             chosen = limited(torch.arange(n), self.limit, split)
             x = text[:n * self.context].reshape(n, -1)[chosen]
             y = text[1:n * self.context + 1].reshape(n, -1)[chosen]
@@ -66,5 +67,5 @@ def text_spans(n: int, validation: float, test: float) -> dict[str, range]:
     start_test = n - round(n * test)
     start_val = start_test - round(n * validation)
     if start_val < 1:
-        raise ConfigError("data.validation", validation, f"less than {1 - test:.3f}, which data.test={test} leaves")
+        raise ConfigError("data.validation", validation, f"less than {1 - test:.3f}, which is left")
     return {"train": range(start_val), "val": range(start_val, start_test), "test": range(start_test, n)}

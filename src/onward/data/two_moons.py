@@ -6,14 +6,14 @@ import torch
 
 from onward.data.base import SPLITS, DataSet, Split
 from onward.data.spec import DataSpec
-from onward.data.splits import assemble, cut_whole
+from onward.data.splits import assemble, check_share, cut_whole
 from onward.data.task import Classification
 from onward.errors import ConfigError
 from onward.seeds import derive
 
 
 class TwoMoons(DataSet):
-    """Points (2,) of two interleaving half circles with Gaussian noise, 2 classes (scikit-learn's make_moons).
+    """Points (2,) of two interleaving half circles and Gaussian noise, 2 classes (make_moons, scikit-learn).
 
     Args:
         samples: points of the three splits together.
@@ -27,8 +27,10 @@ class TwoMoons(DataSet):
 
     name = "two_moons"
 
-    def __init__(self, samples: int = 2000, noise: float = 0.1, instance: int = 0, test: float = 0.2, **common):
+    def __init__(self, samples: int = 2000, noise: float = 0.1, instance: int = 0, test: float = 0.2,
+                 **common):
         super().__init__(**common)
+        check_share("data.test", test)
         if samples < 3:
             raise ConfigError("data.samples", samples, "at least 3, one for every split")
         if noise < 0:

@@ -10,9 +10,9 @@ import torch
 from onward.data.base import SPLITS, DataSet, Split
 from onward.data.files import FILES, fields_of_lines, load
 from onward.data.spec import DataSpec
-from onward.data.splits import assemble, checked_hold_out, limited, standardise
+from onward.data.splits import assemble, limited, standardise
 from onward.data.task import Classification
-from onward.errors import DataError
+from onward.errors import ConfigError, DataError
 
 N_ROWS, N_COLUMNS = 990, 14
 
@@ -36,13 +36,13 @@ def read_table(path: Path, content: bytes) -> np.ndarray:
 
 
 class Vowel(DataSet):
-    """528 and 462 samples (10,) of log area ratios, 11 classes, standardised by training data (Deterding 1989).
+    """528 and 462 samples (10,) of log area ratios, 11 classes, standardised by training (Deterding 1989).
 
     Eight speakers are published for training and seven others for testing, so validation holds out whole
     speakers too: it asks for the same kind of generalisation as the test.
 
     Args:
-        validation: share of the eight training speakers held out, at least one.
+        validation: share of the eight training speakers held out, at least one; women and men in turn.
         common: see :class:`DataSet`.
     Raises:
         ConfigError: a share that leaves no speaker to train on.
@@ -57,16 +57,28 @@ class Vowel(DataSet):
     def read(self) -> tuple[DataSpec, dict[str, Split]]:
         table = load(FILES[self.name]["vowel-context.data"], self.root, self.download, read_table)
         x, y = torch.from_numpy(table[:, 3:13].copy()), torch.from_numpy(table[:, 13]).long()
-        index = split_by_speaker(table[:, 0], table[:, 1], self.validation)
+        index = split_by_speaker(*table[:, :3].T, self.validation)
         index = {split: limited(index[split], self.limit, split) for split in SPLITS}
         parts = standardise({split: (x[index[split]], y[index[split]]) for split in SPLITS}, (0,))
         return assemble(self.name, "flat", Classification(11), parts)
 
 
-def split_by_speaker(published: np.ndarray, speaker: np.ndarray, validation: float) -> dict[str, torch.Tensor]:
-    """Row indices of the splits: every speaker is in one of them only."""
-    train_speakers = np.unique(speaker[published == 0])
-    _, held = checked_hold_out(len(train_speakers), validation, unit="speakers")
-    in_val = np.isin(speaker, train_speakers[held.numpy()])
-    masks = {"train": (published == 0) & ~in_val, "val": (published == 0) & in_val, "test": published == 1}
+def split_by_speaker(published: np.ndarray, speaker: np.ndarray, sex: np.ndarray,
+                     validation: float) -> dict[str, torch.Tensor]:
+    """Row indices of the splits: every speaker is in one of them only.
+
+    Validation takes the last training speaker of either sex, then the last but one, as far as its share goes.
+
+    Raises:
+        ConfigError: no training speaker is left.
+    """
+    speakers = {int(s): int(x) for s, x in zip(speaker[published == 0], sex[published == 0], strict=True)}
+    n_val = max(1, round(len(speakers) * validation))
+    if n_val == len(speakers):
+        raise ConfigError("data.validation", validation,
+                          f"a share that leaves at least one of {n_val} speakers to train on")
+    later = {s: sum(t > s and speakers[t] == speakers[s] for t in speakers) for s in speakers}
+    held = sorted(speakers, key=lambda s: (later[s], -speakers[s]))[:n_val]
+    in_val = np.isin(speaker, held) & (published == 0)
+    masks = {"train": (published == 0) & ~in_val, "val": in_val, "test": published == 1}
     return {split: torch.from_numpy(np.flatnonzero(mask)) for split, mask in masks.items()}

@@ -51,6 +51,8 @@ class Engine:
         self.units: list[nn.Module] = [*model.blocks, model.readout]
         self.depth = len(model.blocks)
         self.ledger: Counter[str] = Counter()
+        # one value per block, made once: a step's memory must not grow with depth, not even by its metrics
+        self.block_losses = torch.zeros(self.depth)
         self.fixed_error: Tensor | None = None  # set by the locality audit
         self._closed = [closed_forms and self.hardware.ideal and has_closed_form(u) for u in self.units]
         self._own = [list(u.parameters()) for u in self.units]

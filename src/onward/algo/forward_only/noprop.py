@@ -1,4 +1,4 @@
-"""NoProp (discrete time): every block learns alone to denoise the label; inference is their reverse diffusion."""
+"""NoProp, discrete time: every block learns alone to denoise the label; inference runs them as a chain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def signal_shares(schedule: str, steps: int, last: float) -> Tensor:
     """``abar_0 < .. < abar_T = last``, the share of signal in z_t, float64 (T+1,).
 
     ``cosine``: ``last * sin^2(pi t / 2T)``; ``linear``: ``last * t / T``; both start from pure noise.
-    ``log_snr``: ``sigmoid`` of a straight line from ``-logit(last)`` to ``logit(last)``, so abar_0 = 1 - last.
+    ``log_snr``: ``sigmoid`` of a line from ``-logit(last)`` to ``logit(last)``, so abar_0 = 1 - last.
     """
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     if schedule == "cosine":
@@ -90,11 +90,11 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class Denoiser(Block):
-    """Class probabilities ``p_t = softmax(g_t(z_{t-1}, x))`` from a noisy label and the data, by one own network.
+    """Class probabilities ``p_t = softmax(g_t(z_{t-1}, x))`` from a noisy label and the data.
 
     The running state of the stack is one matrix (B, K + d + n): ``[p | z | x]`` with K classes, label
-    dimension d and n inputs. The block reads z and x, writes p and hands z and x on, so that it needs no other
-    wire than its input and knows nothing of the noise levels.
+    dimension d and n inputs. The block reads z and x, writes p and hands z and x on, so that it needs no
+    other wire than its input and knows nothing of the noise levels.
 
     Networks (Fig. 6, left, of the paper; H = ``hidden``): image ``trunk(x) -> FC H - N``; label
     ``FC H - N - ReLU -> (FC H - N - ReLU - FC H - N) + skip``; both concatenated
@@ -153,7 +153,7 @@ class DenoisingStack(Stack):
 
 
 class NoProp(BlockLocal):
-    """Block t learns ``uhat_t(z_{t-1}, x)`` from a noised label; no activity passes between blocks in training.
+    """Block t learns ``uhat_t(z_{t-1}, x)`` from a noised label; in training nothing passes between blocks.
 
     With ``z_{t-1} ~ q(z_{t-1} | y)`` drawn directly, ``uhat_t = p_t W``, W the label embedding, ``u = W_y``:
 
@@ -167,7 +167,7 @@ class NoProp(BlockLocal):
     Args:
         steps: T, the number of denoising blocks.
         eta: weight of the denoising loss.
-        embedding: ``one_hot`` (fixed, d = classes) or ``learned`` (d = ``embedding_dim``, orthogonal at first).
+        embedding: ``one_hot`` (fixed, d = classes) or ``learned`` (d = ``embedding_dim``, orthogonal start).
         embedding_dim: d of a learned embedding.
         noise_schedule: ``cosine``, ``linear`` or ``log_snr``, see :func:`signal_shares`.
         signal_share: abar_T < 1, the share of signal in the last, cleanest z; bounds the SNR.
@@ -190,16 +190,15 @@ class NoProp(BlockLocal):
         year=2025,
         url="https://arxiv.org/abs/2503.24322",
         locality="block",
-        passes="one forward and one local backward of every block, on independent inputs; no pass through the "
-               "network",
+        passes="one forward and one backward inside every block, on inputs of its own; none through the net",
         equation=r"\mathcal L_t = \mathrm{CE}(f(z_T), y) + \mathrm{KL}(q(z_0|y)\,\|\,\mathcal N(0, I)) + "
                  r"\tfrac{T}{2}\,\eta\,(\mathrm{SNR}(t) - \mathrm{SNR}(t-1))\, "
-                 r"\lVert \hat u_t(z_{t-1}, x) - u_y \rVert^2, \quad z_{t-1} \sim \mathcal N(\sqrt{\bar\alpha_{t-1}}"
-                 r"\, u_y,\, 1 - \bar\alpha_{t-1})",
-        differs="All blocks train on every batch (the paper: one pass over the data per block within an epoch); "
-                "the image branch is the configured model; the head starts as W; prototype embeddings are not offered.",
-        reported="Test accuracy, conv image branch, T=10: MNIST 99.47 (one-hot) and 99.49 (learned, 20), CIFAR-10 "
-                 "79.25 and 79.12, CIFAR-100 45.93 and 45.19; backprop twin 99.46, 79.92, 45.85",
+                 r"\lVert \hat u_t(z_{t-1}, x) - u_y \rVert^2, \quad "
+                 r"z_{t-1} \sim \mathcal N(\sqrt{\bar\alpha_{t-1}}\, u_y,\, 1 - \bar\alpha_{t-1})",
+        differs="All blocks train on every batch (the paper: one pass over the data per block in an epoch); "
+                "the image branch is the configured model; the head starts as W; no prototype embedding.",
+        reported="Test accuracy, conv image branch, T=10: MNIST 99.47 (one-hot), 99.49 (learned, 20); "
+                 "CIFAR-10 79.25, 79.12; CIFAR-100 45.93, 45.19; backprop twin 99.46, 79.92, 45.85",
     )
 
     def __init__(self, steps: int = 10, eta: float = 0.1, embedding: str = "one_hot", embedding_dim: int = 20,
@@ -208,7 +207,8 @@ class NoProp(BlockLocal):
                  schedule: str = "simultaneous"):
         super().__init__()
         self.schedule = choice("algo.schedule", schedule, ("simultaneous", "alternating", "greedy"))
-        for key, value in (("steps", steps), ("embedding_dim", embedding_dim), ("hidden", hidden), ("runs", runs)):
+        counts = {"steps": steps, "embedding_dim": embedding_dim, "hidden": hidden, "runs": runs}
+        for key, value in counts.items():
             if value < 1:
                 raise ConfigError(f"algo.{key}", value, "a positive whole number")
         if eta <= 0:
@@ -236,9 +236,10 @@ class NoProp(BlockLocal):
         if spec.layout == "graph":
             return f"noprop gives every block the data of single samples, but data={spec.name} is one graph"
         if spec.layout == "tokens":
-            return f"noprop carries the data beside a noisy label as real numbers, but data={spec.name} is tokens"
+            return f"noprop carries data beside a noisy label as real numbers, but data={spec.name} is tokens"
         if self.norm == "batch" and hardware is not None and hardware.runtime.devices > 1:
-            return "batch normalisation sees one process's share of the batch; with hardware=ddp use algo.norm=layer"
+            return ("batch normalisation sees one process's share of the batch; with hardware=ddp "
+                    "use algo.norm=layer")
         return None
 
     def setup(self, model, spec):
@@ -364,12 +365,16 @@ class NoProp(BlockLocal):
         def scores(noise: Tensor | None) -> Tensor:
             return engine.run(engine.depth, self.chain(engine.run, batch.x, noise))
 
-        sampled = torch.stack([scores(self.noise(engine, batch, f"noprop/chain/{r}")) for r in range(self.runs)])
-        if self.runs > 1:
-            sampled = torch.log_softmax(sampled, dim=-1)
-        readouts = {"chain": torch.logsumexp(sampled, 0) - math.log(self.runs) if self.runs > 1 else sampled[0],
-                    "mean_chain": scores(None)}
+        sampled = [scores(self.noise(engine, batch, f"noprop/chain/{r}")) for r in range(self.runs)]
+        readouts = {"chain": mean_class(sampled), "mean_chain": scores(None)}
         return {self.readout: readouts.pop(self.readout), **readouts}
+
+
+def mean_class(scores: Sequence[Tensor]) -> Tensor:
+    """Log of the mean over runs of the class probabilities, (B, K): scores again, up to a row's constant."""
+    if len(scores) == 1:
+        return scores[0]
+    return torch.logsumexp(torch.log_softmax(torch.stack(list(scores)), dim=-1), 0) - math.log(len(scores))
 
 
 def redraw(blocks: Sequence[Block]) -> list[Block]:

@@ -23,8 +23,7 @@ class DeepSupervision(Rule):
         pool: how maps and sequences become vectors: ``auto`` (mean), ``mean`` or ``flatten``.
     Raises:
         ConfigError: an unknown choice; readout=readout where no loss trains it.
-    Source: Lee, Xie, Gallagher, Zhang, Tu 2015, "Deeply-Supervised Nets", section 2 (companion losses of equal
-        weight, softmax heads).
+    Source: Lee, Xie, Gallagher, Zhang, Tu 2015, "Deeply-Supervised Nets", section 2 (companion losses).
     """
 
     info = RuleInfo(

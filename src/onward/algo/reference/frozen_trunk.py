@@ -66,7 +66,7 @@ class FrozenTrunk(Rule):
 
 
 class PooledStack(Stack):
-    """Blocks whose readout sees all of them: ``W_o [n(pool(h_1)), .., n(pool(h_N))] + b_o``, n(v) = v / rms(v)."""
+    """A readout of all blocks: ``W_o [n(pool(h_1)), .., n(pool(h_N))] + b_o``, ``n(v) = v / rms(v)``."""
 
     def __init__(self, blocks: list[Block], pools: list[str], n_outputs: int):
         widths = [Readout(b.out_shape, b.layout, n_outputs, how).linear.in_features

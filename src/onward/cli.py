@@ -1,0 +1,299 @@
+"""The command line: ``python train.py ...``, ``onward ...``. Nothing heavy is imported until a run starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onward import __version__
+from onward.errors import ConfigError, DataError, OnwardError, Unsupported
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
+
+#: Exit codes: a run that failed; a command line or config that cannot be run; what a shell gives for signals.
+FAILED, INVALID, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+FAILURE_FILE = "failure.json"
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived: unwinds the run like Ctrl-C does, so that it is closed as killed."""
+
+    def __init__(self):
+        super().__init__(TERMINATED)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0 success; 1 a run failed; 2 the command line or config is not valid (nothing was computed);
+    130 interrupted; 143 terminated.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with terminable():
+            return dispatch(words)
+    except OnwardError as error:
+        return report(error)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+    except Terminated:
+        say("terminated")
+        return TERMINATED
+    except SystemExit as error:
+        # Lightning turns Ctrl-C into exit code 1
+        if isinstance(error.__context__, KeyboardInterrupt):
+            say("interrupted")
+            return INTERRUPTED
+        raise
+
+
+def dispatch(words: list[str]) -> int:
+    """Choose between help, a tool, Hydra's own flags, one run and a sweep."""
+    from hydra._internal.utils import get_args_parser
+
+    from onward.compose import CONFIG_NAME, compose_run, explained, overlay_dirs, session
+    from onward.help import help_text, scripts_dir, tools
+
+    if words and words[0].isidentifier() and words[0] in tools():
+        return run_tool(scripts_dir() / f"{words[0]}.py", words[1:])
+    if "--version" in words:
+        sys.stdout.write(f"onward {__version__}\n")
+        return 0
+    parser = get_args_parser()
+    parser.prog = program()
+    args = parser.parse_intermixed_args(words)
+    if args.help:
+        sys.stdout.write(help_text(program(), overlay_dirs(args.config_dir)))
+        return 0
+    if args.experimental_rerun:
+        raise ConfigError("--experimental-rerun", args.experimental_rerun, "resume=<run id>, which continues a run")
+    name = args.config_name or CONFIG_NAME
+    with session(args.config_dir, args.config_path) as hydra:
+        if args.hydra_help:
+            hydra.hydra_help(name, args_parser=parser, args=args)
+        elif args.shell_completion:
+            hydra.shell_completion(name, args.overrides)
+        elif args.info:
+            with explained(hydra, args.overrides, name):
+                hydra.show_info(args.info, name, args.overrides)
+        elif args.cfg:
+            show_config(hydra, compose_run(hydra, args.overrides, name), args.cfg, args.package, args.resolve)
+        elif args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
+            return sweep(hydra, name, args.overrides)
+        else:
+            return single(hydra, name, args.overrides)
+    return 0
+
+
+def show_config(hydra: Hydra, cfg: DictConfig, kind: str, package: str | None, resolve: bool) -> None:
+    """Print a part of a composed config (``job``, ``hydra`` or ``all``) as YAML.
+
+    Raises:
+        ConfigError: no such package, or an interpolation that only a started run can resolve.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    HydraConfig.instance().set_config(cfg)
+    OmegaConf.set_readonly(cfg.hydra, None)
+    shown = hydra.get_sanitized_cfg(cfg, kind)
+    if package not in (None, "_global_"):
+        shown = OmegaConf.select(shown, package)
+        if shown is None:
+            raise ConfigError("--package", package, "a key of the config, as optimizer or algo.readout")
+    if not OmegaConf.is_config(shown):
+        sys.stdout.write(f"{shown}\n")
+        return
+    if resolve:
+        try:
+            OmegaConf.resolve(shown)
+        except OmegaConfBaseException as error:
+            raise ConfigError("--resolve", error.full_key, f"values known before a run starts ({error.msg})") from error
+    header = f"# @package {package}\n" if package else ""
+    sys.stdout.write(header + OmegaConf.to_yaml(shown))
+
+
+def program() -> str:
+    """How the user calls us."""
+    called = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
+    return f"python {called}" if called == "train.py" else "onward"
+
+
+def run_tool(path: Path, words: list[str]) -> int:
+    """Run a script as ``python scripts/<name>.py`` would."""
+    previous = sys.argv
+    sys.argv = [str(path), *words]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as error:
+        if isinstance(error, Terminated):
+            raise
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    finally:
+        sys.argv = previous
+    return 0
+
+
+# ---------------------------------------------------------------------- one run
+
+
+class Job:
+    """What Hydra calls with a composed config. A failure is kept here, and left in the job's folder."""
+
+    def __init__(self, parent_id: str | None = None, in_sweep: bool = False):
+        self.parent_id, self.in_sweep = parent_id, in_sweep
+        self.error: Exception | None = None
+
+    def __call__(self, cfg: DictConfig) -> float | None:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra = HydraConfig.get()
+        directory = Path(hydra.runtime.output_dir)
+        overrides = list(hydra.overrides.task)
+        choices = {k: str(v) for k, v in hydra.runtime.choices.items() if k and not str(k).startswith("hydra")}
+        try:
+            from onward.app import execute
+
+            return execute(cfg, overrides, choices, directory, self.parent_id)
+        except Exception as error:  # noqa: BLE001 - reported by `single`, or by `sweep`, whose other jobs go on
+            self.error = error
+            if self.in_sweep:
+                leave_failure(directory, overrides, error)
+            elif isinstance(error, (ConfigError, DataError, Unsupported)):
+                discard(directory)
+            # a sweeper that optimises must see that this point has no value
+            return float("nan")
+
+
+def single(hydra: Hydra, name: str, overrides: list[str]) -> int:
+    """Compose, check, run; or sweep, if a file says so (``hydra.mode: MULTIRUN``)."""
+    from hydra.types import RunMode
+
+    from onward.compose import compose_run, explained
+
+    if compose_run(hydra, overrides, name).hydra.mode == RunMode.MULTIRUN:
+        return sweep(hydra, name, overrides)
+    job = Job()
+    with explained(hydra, overrides, name):
+        hydra.run(name, job, [*overrides, "hydra.mode=RUN"])
+    return report(job.error) if job.error is not None else 0
+
+
+def discard(directory: Path) -> None:
+    """Remove the folder of a run that was refused before it computed anything: only Hydra has written there."""
+    written = [p for p in directory.iterdir() if p.name != ".hydra" and p.suffix != ".log"]
+    if written:
+        return
+    shutil.rmtree(directory)
+    for parent in directory.parents[:2]:  # the day's folder, and runs/
+        if any(parent.iterdir()):
+            break
+        parent.rmdir()
+
+
+# ---------------------------------------------------------------------- a sweep
+
+
+def sweep(hydra: Hydra, name: str, overrides: list[str]) -> int:
+    """Check every job first; then run them all, whatever fails; then list the failures."""
+    from hydra.types import RunMode
+
+    from onward.compose import compose_run, expand, explained
+
+    overrides = [word for word in overrides if not word.startswith("hydra.mode=")] + ["hydra.mode=MULTIRUN"]
+    with explained(hydra, overrides, name, multirun=True):
+        cfg = hydra.compose_config(name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
+        jobs = expand(hydra, cfg)
+    for job in jobs:
+        compose_run(hydra, job, name)
+    directory = Path(str(cfg.hydra.sweep.dir)).absolute()
+    pinned = str(directory).replace("\\", "\\\\").replace('"', '\\"')
+    overrides.append(f'hydra.sweep.dir="{pinned}"')
+    from onward import app
+
+    with app.sweep(cfg, overrides, directory) as parent_id, explained(hydra, overrides, name, multirun=True):
+        hydra.multirun(name, Job(parent_id, in_sweep=True), overrides)
+    return report_failures(directory)
+
+
+def leave_failure(directory: Path, overrides: list[str], error: Exception) -> None:
+    """Say it now, and write it where the parent process finds it, whatever process or machine this is."""
+    reason = str(error) if isinstance(error, OnwardError) else f"{type(error).__name__}: {error}"
+    say(f"error: job {directory.name} ({' '.join(overrides)}): {reason}")
+    if not isinstance(error, OnwardError) or _full_errors():
+        traceback.print_exception(error)
+    content = {"job": directory.name, "overrides": overrides, "reason": reason}
+    (directory / FAILURE_FILE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def report_failures(directory: Path) -> int:
+    """List the jobs of a sweep that failed; the exit code."""
+    folders = [p for p in directory.iterdir() if p.is_dir()] if directory.is_dir() else []
+    failures = [json.loads(p.read_text(encoding="utf-8")) for p in directory.glob(f"*/{FAILURE_FILE}")]
+    if not failures:
+        return 0
+    failures.sort(key=lambda f: (len(f["job"]), f["job"]))
+    say(f"\nerror: {len(failures)} of {len(folders)} jobs failed:")
+    for failure in failures:
+        say(f"  job {failure['job']}  {' '.join(failure['overrides'])}\n      {failure['reason']}")
+    return FAILED
+
+
+# ---------------------------------------------------------------------- messages and signals
+
+
+def report(error: Exception) -> int:
+    """One message for what the user can mend, the traceback for what only we can; the exit code."""
+    from onward.compose import CompositionError
+
+    if not isinstance(error, OnwardError) or _full_errors():
+        traceback.print_exception(error)
+    if isinstance(error, OnwardError):
+        say(f"error: {error}")
+    return INVALID if isinstance(error, (ConfigError, CompositionError)) else FAILED
+
+
+def say(text: str) -> None:
+    """Write a line to standard error."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _full_errors() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Raise :class:`Terminated` in the main thread on SIGTERM; put the previous handler back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum, frame):
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Composing a configuration: where the YAML files lie, where output goes, and what is wrong with an override."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Sweep
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from onward.config import validate
+from onward.errors import ConfigError, OnwardError, nearest
+
+CONFIG_NAME = "train"
+
+
+class CompositionError(OnwardError):
+    """The configuration cannot be composed, for a reason that Hydra words better than we could."""
+
+
+def checkout() -> Path | None:
+    """The repository this package is imported from, or None when it is installed as a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "conf" / "train.yaml").is_file() and (root / "pyproject.toml").is_file() else None
+
+
+def config_dir() -> Path:
+    """The folder of ``train.yaml``: ``conf/`` of the checkout, or the copy inside the installed package."""
+    root = checkout()
+    return root / "conf" if root else Path(__file__).resolve().parent / "conf"
+
+
+def output_root() -> Path:
+    """Where runs write: ``ONWARD_OUTPUTS``, else the checkout's ``outputs/``, else ``./outputs``."""
+    named = os.environ.get("ONWARD_OUTPUTS")
+    if named:
+        return Path(named).expanduser().resolve()
+    return (checkout() or Path.cwd()) / "outputs"
+
+
+def overlay_dirs(config_dir_option: str | None = None) -> list[Path]:
+    """Folders with the user's own YAML files, strongest first: ``--config-dir``, then ``ONWARD_CONFIG_PATH``.
+
+    Raises:
+        ConfigError: one of them is not a folder.
+    """
+    named = [("--config-dir", config_dir_option)] if config_dir_option else []
+    named += [("ONWARD_CONFIG_PATH", p) for p in os.environ.get("ONWARD_CONFIG_PATH", "").split(os.pathsep) if p]
+    for key, path in named:
+        if not Path(path).expanduser().is_dir():
+            raise ConfigError(key, path, "an existing folder with YAML files in it, as in <folder>/algo/mine.yaml")
+    return [Path(path).expanduser().resolve() for _, path in named]
+
+
+def register_resolvers() -> None:
+    """``${onward.outputs:}`` is the output root; ``${onward.unique:}`` six hex digits, the same all through a run."""
+    OmegaConf.register_new_resolver("onward.outputs", lambda: str(output_root()), replace=True)
+    OmegaConf.register_new_resolver("onward.unique", lambda: secrets.token_hex(3), replace=True, use_cache=True)
+
+
+register_resolvers()
+
+
+@contextmanager
+def session(config_dir_option: str | None = None, config_path: str | None = None) -> Iterator[Hydra]:
+    """A Hydra that reads our ``conf/`` with the user's folders before it, so that their files win."""
+    version.setbase("1.3")
+    overlays = overlay_dirs(config_dir_option)
+    main = Path(config_path).expanduser().resolve() if config_path else config_dir()
+    search_path = create_config_search_path(f"file://{main}")
+    for path in reversed(overlays):
+        search_path.prepend(provider="overlay", path=f"file://{path}", anchor=SearchPathQuery(provider="main"))
+    previous, instance = GlobalHydra.instance().hydra, GlobalHydra.instance()
+    instance.clear()
+    try:
+        yield Hydra.create_main_hydra2("onward", search_path)
+    finally:
+        instance.hydra = previous
+
+
+def compose(overrides: Sequence[str] = (), config_dir_option: str | None = None) -> DictConfig:
+    """The config that a command line with these overrides gives, checked, without the ``hydra`` node.
+
+    Raises:
+        ConfigError, CompositionError: as the command line does.
+    """
+    with session(config_dir_option) as hydra:
+        cfg = compose_run(hydra, list(overrides))
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return cfg
+
+
+def compose_run(hydra: Hydra, overrides: list[str], config_name: str = CONFIG_NAME) -> DictConfig:
+    """One run's config with its ``hydra`` node, checked."""
+    with explained(hydra, overrides, config_name):
+        cfg = hydra.compose_config(config_name, overrides, RunMode.RUN, with_log_configuration=False)
+    task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    if config_name == CONFIG_NAME:
+        validate(task)
+    return cfg
+
+
+def expand(hydra: Hydra, cfg: DictConfig) -> list[list[str]]:
+    """The overrides of every job of a sweep of choices and ranges; nothing for other sweepers, which choose later."""
+    if not str(cfg.hydra.sweeper._target_).endswith("BasicSweeper"):
+        return []
+    params = [f"{k}={v}" for k, v in (cfg.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=hydra.config_loader)
+    parsed = parser.parse_overrides([*params, *cfg.hydra.overrides.task])
+    return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+# ---------------------------------------------------------------------- what is wrong with an override
+
+
+@contextmanager
+def explained(hydra: Hydra, overrides: Sequence[str], config_name: str = CONFIG_NAME,
+              multirun: bool = False) -> Iterator[None]:
+    """Turn Hydra's composition errors into one message that names the key, the value and the nearest valid one."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        for word in overrides:
+            diagnose(hydra, word, overrides, config_name, multirun)
+        raise CompositionError(_first_words(error)) from error
+
+
+def diagnose(hydra: Hydra, word: str, overrides: Sequence[str], config_name: str, multirun: bool) -> None:
+    """Raise ConfigError if this override is wrong on its own: malformed, unknown group, option or key."""
+    override = _parse(hydra, word)
+    key, shown = override.key_or_group, word.partition("=")[2]
+    if override.is_hydra_override() or key.startswith("hydra/"):
+        return
+    if override.is_sweep_override() and not multirun:
+        raise ConfigError(key, shown, f"one value; to run several add -m, to give a list write {key}=[{shown}]")
+    groups = _groups(hydra)
+    if key in groups:
+        _check_options(hydra, key, override)
+    elif not (override.is_add() or override.is_force_add()):
+        _check_key(hydra, override, shown, overrides, config_name, groups)
+
+
+def _parse(hydra: Hydra, word: str) -> Override:
+    key, equals, value = word.partition("=")
+    try:
+        return OverridesParser.create().parse_override(word)
+    except OverrideParseException as error:
+        if not equals:
+            homes = [group for group in _groups(hydra) if word in _options(hydra, group)]
+            hint = f"did you mean {homes[0]}={word}? " if homes else ""
+            raise ConfigError("argument", word, f"{hint}an argument is <group>=<option> or <key>=<value>; "
+                                                f"--help lists the groups") from error
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(key, value, f"a value in Hydra's grammar ({reason}); lists are {key}=[1,2], and text with "
+                                      f"special characters is quoted twice: '{key}=\"a b\"'") from error
+
+
+def _groups(hydra: Hydra, parent: str = "") -> list[str]:
+    """Config groups by their full name ("model", "hardware/numerics"), without Hydra's own."""
+    found = []
+    for name in hydra.config_loader.list_groups(parent):
+        full = f"{parent}/{name}" if parent else name
+        if full != "hydra":
+            found += [full, *_groups(hydra, full)]
+    return found
+
+
+def _options(hydra: Hydra, group: str) -> list[str]:
+    return hydra.config_loader.get_group_options(group, results_filter=ObjectType.CONFIG)
+
+
+def _values(override: Override) -> list[object]:
+    """The options an override names: each one of a sweep or of a list."""
+    value = override.value()
+    if isinstance(value, Sweep):
+        return [v.strip("'\"") for v in override.sweep_string_iterator()]
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _check_options(hydra: Hydra, group: str, override: Override) -> None:
+    if override.is_delete():
+        raise ConfigError(f"~{group}", "", f"one option of the group; {group} cannot be left out")
+    for value in _values(override):
+        name = str(value)
+        folder, _, option = f"{group}/{name}".rpartition("/")
+        if value is None or option.removesuffix(".yaml") in _options(hydra, folder):
+            continue
+        valid = _options(hydra, group) + [f"{sub.removeprefix(group + '/')}/{o}" for sub in _groups(hydra)
+                                         if sub.startswith(f"{group}/") for o in _options(hydra, sub)]
+        raise ConfigError(group, name, nearest(name, valid))
+
+
+def _check_key(hydra: Hydra, override: Override, shown: str, overrides: Sequence[str], config_name: str,
+               groups: list[str]) -> None:
+    """Walk the key down the config that the group choices alone give; name the first part that is not there."""
+    choices = []
+    for word in overrides:
+        other = _parse(hydra, word)
+        if other.key_or_group in groups or other.is_hydra_override():
+            choices.append(word if not other.is_sweep_override() else f"{other.key_or_group}={_values(other)[0]}")
+    try:
+        node = hydra.compose_config(config_name, choices, RunMode.RUN, with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException):
+        return
+    parts = override.key_or_group.split(".")
+    for depth, part in enumerate(parts):
+        if not OmegaConf.is_dict(node) or part not in node:
+            where = ".".join(parts[:depth])
+            if OmegaConf.is_dict(node):
+                names = [str(k) for k in node if not str(k).startswith("_") and str(k) != "hydra"]
+                names += [] if where else groups
+                valid = nearest(part, set(names))
+                if where:
+                    valid += f" (an argument its YAML leaves out is set with +{override.key_or_group}={shown})"
+            else:
+                valid = f"{where} is {node!r} and has no entries"
+            raise ConfigError(override.key_or_group, shown, f"no such key; {valid}")
+        node = node._get_node(part) if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part) \
+            else node[part]
+
+
+def _first_words(error: BaseException) -> str:
+    """Hydra's message and its cause's, each line once."""
+    lines: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        lines += [line.strip() for line in str(current).splitlines() if line.strip()]
+        current = current.__cause__
+    return "\n".join(dict.fromkeys(lines)) or type(error).__name__

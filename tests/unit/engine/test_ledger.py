@@ -1,0 +1,113 @@
+"""Meters against independent counts: the profiler, pencil and paper, and byte equality over depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import a_batch, make_engine, sgd
+
+from onward.algo.base import Rule
+from onward.algo.forward_only.forward_forward import ForwardForward
+from onward.algo.forward_only.mono_forward import MonoForward
+from onward.algo.reference.backprop import Backprop
+from onward.data.spec import Batch, DataSpec
+from onward.data.task import Classification
+from onward.engine import Engine
+from onward.engine.ledger import LiveBytes, SavedBytes, step_cost
+from onward.model.mlp import mlp
+
+SPEC = DataSpec("random", "flat", (256,), Classification(10), 1, 1, 1)
+
+
+def engine_at(rule: Rule, depth: int, width: int = 256) -> Engine:
+    torch.manual_seed(0)
+    return Engine(rule, rule.setup(mlp(SPEC, [width] * depth), SPEC), SPEC, sgd(1e-3))
+
+
+def a_random_batch(n: int = 128) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    return Batch(torch.rand(n, 256, generator=g), torch.randint(0, 10, (n,), generator=g), total=n)
+
+
+def peak(rule: Rule, depth: int) -> int:
+    engine, batch = engine_at(rule, depth), a_random_batch()
+    engine.train_step(batch)
+    with LiveBytes() as live:
+        engine.train_step(batch)
+    return live.peak
+
+
+def test_live_bytes_counts_what_is_alive():
+    with LiveBytes() as live:
+        a = torch.zeros(1000)  # 4000 bytes
+        b = a + 1  # 8000
+        del a  # 4000
+        c = torch.zeros(500)  # 6000
+        view = b[:10]
+        assert live.live == 6000 and live.peak == 8000
+        del b
+        assert live.live == 6000, "a view keeps its storage"
+        del view, c
+        assert live.live == 0
+
+
+def test_live_bytes_equals_the_profiler():
+    engine, batch = engine_at(Backprop(), 6), a_random_batch()
+    engine.train_step(batch)
+    with LiveBytes() as live:
+        engine.train_step(batch)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        engine.train_step(batch)
+    running = highest = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        running += event.nbytes()
+        highest = max(highest, running)
+    # the profiler also sees workspaces below the operators
+    assert live.peak == pytest.approx(highest, rel=0.02)
+
+
+def test_saved_bytes_of_backprop_by_formula():
+    """Kept for backward: the input and every block's output, once each, and the rows' log-softmax."""
+    engine, batch = engine_at(Backprop(), 4), a_random_batch()
+    with SavedBytes(engine.model.parameters()) as saved:
+        engine.train_step(batch)
+    assert saved.peak == (1 + 4) * 128 * 256 * 4
+    assert saved.live == 0
+
+
+def test_saved_bytes_of_closed_forms_is_zero():
+    for rule in (MonoForward(), ForwardForward()):
+        assert step_cost(engine_at(rule, 4), a_random_batch())["saved_bytes"] == 0
+
+
+def test_flops_by_pencil():
+    """Backprop: forward, dW of every layer, dx of all but the first; 2 multiply-adds each."""
+    b, w, depth = 128, 256, 4
+    layers = [w * w] * depth + [w * 10]
+    assert step_cost(engine_at(Backprop(), depth), a_random_batch())["flops"] == \
+        2 * b * (sum(layers) * 2 + sum(layers[1:]))
+    # mono-forward: each block forward and dW; each head forward, dM and dh
+    assert step_cost(engine_at(MonoForward(), depth), a_random_batch())["flops"] == \
+        2 * b * (depth * w * w * 2 + depth * w * 10 * 3)
+
+
+@pytest.mark.parametrize("rule", [MonoForward, lambda: ForwardForward(goodness="mean_squares")])
+def test_peak_memory_does_not_grow_with_depth(rule):
+    assert peak(rule(), 4) == peak(rule(), 16) == peak(rule(), 64)
+
+
+def test_backprop_needs_many_times_more_at_depth_64():
+    at64 = peak(Backprop(), 64)
+    assert at64 / peak(MonoForward(), 64) >= 20
+    assert at64 / peak(ForwardForward(goodness="mean_squares"), 64) >= 10
+
+
+def test_measuring_changes_nothing():
+    engine, batch = make_engine(Backprop()), a_batch()
+    twin = make_engine(Backprop())
+    step_cost(engine, batch)
+    engine.train_step(batch)
+    twin.train_step(batch)
+    for a, b in zip(engine.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(a, b)
