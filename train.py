@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # this checkout, installed or not
 
-from onward.cli import main  # noqa: E402
+from onward.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

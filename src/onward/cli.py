@@ -74,13 +74,13 @@ def dispatch(words: list[str]) -> int:
         sys.stdout.write(f"onward {__version__}\n")
         return 0
     parser = get_args_parser()
-    parser.prog = program()
+    parser.error = refuse_flags
     args = parser.parse_intermixed_args(words)
     if args.help:
         sys.stdout.write(help_text(program(), overlay_dirs(args.config_dir)))
         return 0
     if args.experimental_rerun:
-        raise ConfigError("--experimental-rerun", args.experimental_rerun, "resume=<run id>, which continues a run")
+        raise ConfigError("--experimental-rerun", args.experimental_rerun, "resume=<run id> continues a run")
     name = args.config_name or CONFIG_NAME
     with session(args.config_dir, args.config_path) as hydra:
         if args.hydra_help:
@@ -123,9 +123,15 @@ def show_config(hydra: Hydra, cfg: DictConfig, kind: str, package: str | None, r
         try:
             OmegaConf.resolve(shown)
         except OmegaConfBaseException as error:
-            raise ConfigError("--resolve", error.full_key, f"values known before a run starts ({error.msg})") from error
+            known = f"values that are known before a run starts ({error.msg})"
+            raise ConfigError("--resolve", error.full_key, known) from error
     header = f"# @package {package}\n" if package else ""
     sys.stdout.write(header + OmegaConf.to_yaml(shown))
+
+
+def refuse_flags(message: str) -> None:
+    """What argparse calls for flags it cannot read."""
+    raise ConfigError("flags", message, "one of the flags that --help and --hydra-help list")
 
 
 def program() -> str:
@@ -165,7 +171,7 @@ class Job:
         hydra = HydraConfig.get()
         directory = Path(hydra.runtime.output_dir)
         overrides = list(hydra.overrides.task)
-        choices = {k: str(v) for k, v in hydra.runtime.choices.items() if k and not str(k).startswith("hydra")}
+        choices = {k: str(v) for k, v in hydra.runtime.choices.items() if not k.startswith("hydra")}
         try:
             from onward.app import execute
 
@@ -195,7 +201,7 @@ def single(hydra: Hydra, name: str, overrides: list[str]) -> int:
 
 
 def discard(directory: Path) -> None:
-    """Remove the folder of a run that was refused before it computed anything: only Hydra has written there."""
+    """Remove the folder of a run that was refused before it computed anything: only Hydra wrote there."""
     written = [p for p in directory.iterdir() if p.name != ".hydra" and p.suffix != ".log"]
     if written:
         return

@@ -1,4 +1,4 @@
-"""Composing a configuration: where the YAML files lie, where output goes, and what is wrong with an override."""
+"""Composing a configuration: where files lie, where output goes, and what is wrong with an override."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Sweep
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -59,17 +59,19 @@ def overlay_dirs(config_dir_option: str | None = None) -> list[Path]:
         ConfigError: one of them is not a folder.
     """
     named = [("--config-dir", config_dir_option)] if config_dir_option else []
-    named += [("ONWARD_CONFIG_PATH", p) for p in os.environ.get("ONWARD_CONFIG_PATH", "").split(os.pathsep) if p]
+    listed = os.environ.get("ONWARD_CONFIG_PATH", "").split(os.pathsep)
+    named += [("ONWARD_CONFIG_PATH", path) for path in listed if path]
     for key, path in named:
         if not Path(path).expanduser().is_dir():
-            raise ConfigError(key, path, "an existing folder with YAML files in it, as in <folder>/algo/mine.yaml")
+            raise ConfigError(key, path, "an existing folder, with files like algo/mine.yaml in it")
     return [Path(path).expanduser().resolve() for _, path in named]
 
 
 def register_resolvers() -> None:
-    """``${onward.outputs:}`` is the output root; ``${onward.unique:}`` six hex digits, the same all through a run."""
+    """``${onward.outputs:}`` is the output root; ``${onward.unique:}`` six hex digits, drawn once a run."""
     OmegaConf.register_new_resolver("onward.outputs", lambda: str(output_root()), replace=True)
-    OmegaConf.register_new_resolver("onward.unique", lambda: secrets.token_hex(3), replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("onward.unique", lambda: secrets.token_hex(3),
+                                    use_cache=True, replace=True)
 
 
 register_resolvers()
@@ -82,8 +84,9 @@ def session(config_dir_option: str | None = None, config_path: str | None = None
     overlays = overlay_dirs(config_dir_option)
     main = Path(config_path).expanduser().resolve() if config_path else config_dir()
     search_path = create_config_search_path(f"file://{main}")
-    for path in reversed(overlays):
-        search_path.prepend(provider="overlay", path=f"file://{path}", anchor=SearchPathQuery(provider="main"))
+    before = SearchPathQuery(provider="main")
+    for path in overlays:
+        search_path.prepend(provider="overlay", path=f"file://{path}", anchor=before)
     previous, instance = GlobalHydra.instance().hydra, GlobalHydra.instance()
     instance.clear()
     try:
@@ -116,7 +119,7 @@ def compose_run(hydra: Hydra, overrides: list[str], config_name: str = CONFIG_NA
 
 
 def expand(hydra: Hydra, cfg: DictConfig) -> list[list[str]]:
-    """The overrides of every job of a sweep of choices and ranges; nothing for other sweepers, which choose later."""
+    """The overrides of every job of a sweep over choices; nothing for sweepers that choose as they go."""
     if not str(cfg.hydra.sweeper._target_).endswith("BasicSweeper"):
         return []
     params = [f"{k}={v}" for k, v in (cfg.hydra.sweeper.params or {}).items()]
@@ -131,10 +134,10 @@ def expand(hydra: Hydra, cfg: DictConfig) -> list[list[str]]:
 @contextmanager
 def explained(hydra: Hydra, overrides: Sequence[str], config_name: str = CONFIG_NAME,
               multirun: bool = False) -> Iterator[None]:
-    """Turn Hydra's composition errors into one message that names the key, the value and the nearest valid one."""
+    """Turn Hydra's composition errors into one message with the key, the value and the nearest valid one."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra: ValueError for group=null
         for word in overrides:
             diagnose(hydra, word, overrides, config_name, multirun)
         raise CompositionError(_first_words(error)) from error
@@ -147,7 +150,7 @@ def diagnose(hydra: Hydra, word: str, overrides: Sequence[str], config_name: str
     if override.is_hydra_override() or key.startswith("hydra/"):
         return
     if override.is_sweep_override() and not multirun:
-        raise ConfigError(key, shown, f"one value; to run several add -m, to give a list write {key}=[{shown}]")
+        raise ConfigError(key, shown, f"one value; -m runs several, and a list is written {key}=[{shown}]")
     groups = _groups(hydra)
     if key in groups:
         _check_options(hydra, key, override)
@@ -159,15 +162,15 @@ def _parse(hydra: Hydra, word: str) -> Override:
     key, equals, value = word.partition("=")
     try:
         return OverridesParser.create().parse_override(word)
-    except OverrideParseException as error:
+    except HydraException as error:
         if not equals:
             homes = [group for group in _groups(hydra) if word in _options(hydra, group)]
             hint = f"did you mean {homes[0]}={word}? " if homes else ""
             raise ConfigError("argument", word, f"{hint}an argument is <group>=<option> or <key>=<value>; "
                                                 f"--help lists the groups") from error
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(key, value, f"a value in Hydra's grammar ({reason}); lists are {key}=[1,2], and text with "
-                                      f"special characters is quoted twice: '{key}=\"a b\"'") from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(key, value, f"a value in Hydra's grammar ({reason}); a list is {key}=[1,2], and "
+                                      f"text with special characters is quoted: '{key}=\"a=b\"'") from error
 
 
 def _groups(hydra: Hydra, parent: str = "") -> list[str]:
@@ -194,29 +197,33 @@ def _values(override: Override) -> list[object]:
 
 def _check_options(hydra: Hydra, group: str, override: Override) -> None:
     if override.is_delete():
-        raise ConfigError(f"~{group}", "", f"one option of the group; {group} cannot be left out")
+        raise ConfigError(f"~{group}", "", f"{group}=<option>; this group cannot be left out")
     for value in _values(override):
         name = str(value)
         folder, _, option = f"{group}/{name}".rpartition("/")
-        if value is None or option.removesuffix(".yaml") in _options(hydra, folder):
+        if value is None:
+            raise ConfigError(group, None, f"one option of the group; ~{group} leaves out an optional one")
+        if option.removesuffix(".yaml") in _options(hydra, folder):
             continue
         valid = _options(hydra, group) + [f"{sub.removeprefix(group + '/')}/{o}" for sub in _groups(hydra)
                                          if sub.startswith(f"{group}/") for o in _options(hydra, sub)]
-        raise ConfigError(group, name, nearest(name, valid))
+        raise ConfigError(group, name, f"no such option; {nearest(name, valid)}")
 
 
 def _check_key(hydra: Hydra, override: Override, shown: str, overrides: Sequence[str], config_name: str,
                groups: list[str]) -> None:
-    """Walk the key down the config that the group choices alone give; name the first part that is not there."""
+    """Walk down the config that the group choices alone give; name the first part that is not there."""
     choices = []
     for word in overrides:
         other = _parse(hydra, word)
         if other.key_or_group in groups or other.is_hydra_override():
-            choices.append(word if not other.is_sweep_override() else f"{other.key_or_group}={_values(other)[0]}")
+            first = f"{other.key_or_group}={_values(other)[0]}"
+            choices.append(first if other.is_sweep_override() else word)
     try:
         node = hydra.compose_config(config_name, choices, RunMode.RUN, with_log_configuration=False)
     except (HydraException, OmegaConfBaseException):
         return
+    chosen = node.hydra.runtime.choices
     parts = override.key_or_group.split(".")
     for depth, part in enumerate(parts):
         if not OmegaConf.is_dict(node) or part not in node:
@@ -226,12 +233,13 @@ def _check_key(hydra: Hydra, override: Override, shown: str, overrides: Sequence
                 names += [] if where else groups
                 valid = nearest(part, set(names))
                 if where:
-                    valid += f" (an argument its YAML leaves out is set with +{override.key_or_group}={shown})"
+                    valid += f" (an argument that the YAML leaves out: +{override.key_or_group}={shown})"
             else:
                 valid = f"{where} is {node!r} and has no entries"
-            raise ConfigError(override.key_or_group, shown, f"no such key; {valid}")
-        node = node._get_node(part) if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part) \
-            else node[part]
+            home = f" in {parts[0]}={chosen[parts[0]]}" if where and chosen.get(parts[0]) else ""
+            raise ConfigError(override.key_or_group, shown, f"no such key{home}; {valid}")
+        late = OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part)
+        node = None if late else node[part]
 
 
 def _first_words(error: BaseException) -> str:

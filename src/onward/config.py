@@ -7,15 +7,14 @@ import importlib
 import inspect
 import json
 import os
-import types
-import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from onward.arguments import PLAIN, checked_arguments, mismatch
 from onward.errors import ConfigError, nearest
 
 #: Packages whose functions and classes a configuration may name.
@@ -27,13 +26,13 @@ OPTIONAL = ("probe",)
 VALUES = ("seed", "name", "resume", "search", "reported", "obtained", "paths")
 
 #: What does not change what a run computes, and is left out of :func:`config_hash`.
-NOT_HASHED = frozenset({"seed", "name", "resume", "search", "reported", "obtained", "tracking", "paths", "hydra"})
+NOT_HASHED = frozenset({"seed", "name", "resume", "search", "reported", "obtained", "tracking", "paths",
+                        "hydra"})
 NOT_HASHED_TRAINER = frozenset({"progress", "profile"})
 
 T = TypeVar("T")
 
 _SPECIAL = frozenset({"_target_", "_partial_"})
-_PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
 # ---------------------------------------------------------------------- settings of the trainer
@@ -41,7 +40,7 @@ _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The ``trainer`` group, with types and ranges checked; ``conf/trainer/default.yaml`` says what each is."""
+    """The ``trainer`` group, types and ranges checked; ``conf/trainer/default.yaml`` says what each is."""
 
     max_epochs: int = 10
     max_steps: int = -1
@@ -58,8 +57,9 @@ class TrainerSettings:
     profile: str | None = None
 
     def __post_init__(self):
-        for name, unit in (("max_epochs", "epochs"), ("updates_per_step", "batches"), ("accumulate", "batches"),
-                           ("validate_every", "epochs")):
+        counts = {"max_epochs": "epochs", "updates_per_step": "batches", "accumulate": "batches",
+                  "validate_every": "epochs"}
+        for name, unit in counts.items():
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name}", getattr(self, name), f"a positive number of {unit}")
         if self.max_steps < 1 and self.max_steps != -1:
@@ -79,7 +79,7 @@ class TrainerSettings:
 
 def structured(cls: type[T], node: Mapping | None, *, key: str) -> T:
     """An instance of a dataclass from a node without ``_target_``: the same checks as :func:`build`."""
-    return cls(**_checked(cls, (), _plain(node, key), key, partial=False))
+    return cls(**checked_arguments(cls, (), _plain(node, key), key, partial=False))
 
 
 def validate(cfg: DictConfig) -> None:
@@ -91,13 +91,13 @@ def validate(cfg: DictConfig) -> None:
     known = {*GROUPS, *OPTIONAL, *VALUES}
     for key in cfg:
         if key not in known:
-            raise ConfigError(str(key), _shown(cfg, key), nearest(str(key), known))
+            raise ConfigError(str(key), _shown(cfg, key), f"no such key; {nearest(str(key), known)}")
     for group in GROUPS:
         if not isinstance(cfg.get(group), DictConfig):
-            raise ConfigError(group, cfg.get(group), f"one option of the group, as --help lists them: {group}=...")
+            raise ConfigError(group, cfg.get(group), f"{group}=<option>; --help lists the options")
     checks = {"seed": int, "name": str | None, "resume": str | None}
     for key, expected in checks.items():
-        if (fault := _mismatch(cfg.get(key), expected)) is not None:
+        if (fault := mismatch(cfg.get(key), expected)) is not None:
             raise ConfigError(key, cfg.get(key), fault)
     if cfg.seed < 0:
         raise ConfigError("seed", cfg.seed, "an integer of at least 0")
@@ -122,8 +122,8 @@ def config_hash(cfg: DictConfig, *, with_seed: bool = False) -> str:
     for key in cfg:
         if key in NOT_HASHED:
             continue
-        value = cfg[key]
-        content[str(key)] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        node = cfg[key]
+        content[str(key)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if isinstance(content.get("trainer"), dict):
         content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in NOT_HASHED_TRAINER}
     if with_seed:
@@ -162,8 +162,8 @@ def build(node: Mapping | None, *args: Any, key: str, **extra: Any) -> Any:
 
     Args:
         node: a mapping with ``_target_``, a dotted name in one of the allowed packages (more of them:
-            ``ONWARD_ALLOW_TARGETS=mypackage,other``). Entries that have a ``_target_`` themselves, also inside
-            lists and mappings, are built first. ``_partial_: true`` gives a :class:`Factory`.
+            ``ONWARD_ALLOW_TARGETS=mypackage,other``). Entries that have a ``_target_`` themselves, also
+            inside lists and mappings, are built first. ``_partial_: true`` gives a :class:`Factory`.
         args: given before the node's entries (a model gets its ``DataSpec``).
         key: where the node stands in the config ("model", "algo.head"), for messages.
         extra: given by name; the config may not set them.
@@ -189,7 +189,7 @@ def _build(values: dict, args: tuple, extra: dict, key: str) -> Any:
         if name in extra:
             raise ConfigError(f"{key}.{name}", value, "set by the platform, not by the config")
         arguments[name] = _nested(value, f"{key}.{name}")
-    checked = _checked(target, args, arguments, key, partial=partial, given=extra)
+    checked = checked_arguments(target, args, arguments, key, partial=partial, given=extra)
     if partial:
         return Factory(target, {**checked, **extra}, key) if not args else \
             Factory(_Bound(target, args), {**checked, **extra}, key)
@@ -220,10 +220,10 @@ def _nested(value: Any, key: str) -> Any:
 def _plain(node: Mapping | None, key: str) -> dict:
     """The node as plain containers with interpolations resolved and nothing missing."""
     if OmegaConf.is_config(node):
-        missing = OmegaConf.missing_keys(node)
-        if missing:
-            raise ConfigError(f"{key}.{min(missing)}", "???", "a value, which has to be given")
         try:
+            missing = OmegaConf.missing_keys(node)
+            if missing:
+                raise ConfigError(f"{key}.{min(missing)}", "???", "a value, which has to be given")
             node = OmegaConf.to_container(node, resolve=True)
         except OmegaConfBaseException as error:
             raise ConfigError(error.full_key or key, str(error.msg or error).splitlines()[0],
@@ -240,7 +240,8 @@ def _call(target: Callable, args: tuple, kwargs: dict, key: str) -> Any:
         # a library's constructor refuses a value in its own words; in our own code this is a defect
         if (getattr(target, "__module__", None) or "").split(".")[0] == "onward":
             raise
-        raise ConfigError(key, {k: v for k, v in kwargs.items() if isinstance(v, _PLAIN)}, str(error)) from error
+        shown = {k: v for k, v in kwargs.items() if isinstance(v, PLAIN)}
+        raise ConfigError(key, shown, str(error)) from error
 
 
 def allowed_packages() -> tuple[str, ...]:
@@ -259,11 +260,9 @@ def locate(name: Any, key: str) -> Callable:
     allowed = allowed_packages()
     rule = (f"a class or function in one of the packages {', '.join(allowed)} "
             f"(ONWARD_ALLOW_TARGETS=<package> allows another)")
-    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")) or "." not in name:
+    parts = name.split(".") if isinstance(name, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts) or not _within(name, allowed):
         raise ConfigError(key, name, rule)
-    if not _within(name, allowed):
-        raise ConfigError(key, name, rule)
-    parts = name.split(".")
     found: Any = None
     depth = 0
     for depth in range(len(parts), 0, -1):
@@ -302,169 +301,3 @@ def _members(owner: Any) -> Iterable[str]:
 
     own = [n for n, v in vars(owner).items() if getattr(v, "__module__", None) == owner.__name__]
     return [*own, *(m.name for m in pkgutil.iter_modules(getattr(owner, "__path__", ())))]
-
-
-# ---------------------------------------------------------------------- names and types of arguments
-
-
-@dataclass(frozen=True)
-class _Parameters:
-    """What a target accepts: parameters by name, the positional ones in order, and whether any name goes."""
-
-    named: dict[str, tuple[inspect.Parameter, dict]]
-    positional: tuple[str, ...]
-    any_name: bool
-
-
-def _parameters(target: Callable) -> _Parameters:
-    """The parameters of a target; ``**kwargs`` of a constructor are followed to the class it inherits from."""
-    functions: list[Callable] = [target]
-    if inspect.isclass(target):
-        functions = [c.__dict__["__init__"] for c in target.__mro__ if inspect.isfunction(c.__dict__.get("__init__"))]
-        # torch.nn.Module accepts any keyword only to refuse it with its own message
-        functions = [f for f in functions if f.__module__ != "torch.nn.modules.module"]
-        if not functions:
-            functions = [target]
-    named: dict[str, tuple[inspect.Parameter, dict]] = {}
-    positional: tuple[str, ...] | None = None
-    any_name = False
-    for function in functions:
-        try:
-            parameters = list(inspect.signature(function).parameters.values())
-        except (TypeError, ValueError):  # written in C, without a signature
-            return _Parameters(named, positional or (), True)
-        if inspect.isclass(target) and function is not target:
-            parameters = parameters[1:]
-        scope = getattr(inspect.unwrap(function), "__globals__", {})
-        for p in parameters:
-            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
-                named.setdefault(p.name, (p, scope))
-        if positional is None:
-            positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        if not any_name or not inspect.isclass(target):
-            break
-    # a chain of constructors that ends at object or torch.nn.Module accepts no more names than it lists
-    any_name = any_name and not inspect.isclass(target)
-    return _Parameters(named, positional or (), any_name)
-
-
-def _checked(target: Callable, args: tuple, values: dict, key: str, *, partial: bool,
-             given: Collection[str] = ()) -> dict:
-    """The arguments, converted where the annotation asks (list to tuple), or ConfigError."""
-    accepted = _parameters(target)
-    taken = accepted.positional[:len(args)]
-    valid = [n for n in accepted.named if n not in taken and n not in given]
-    checked = {}
-    for name, value in values.items():
-        if name in taken:
-            raise ConfigError(f"{key}.{name}", value, "set by the platform, not by the config")
-        if name not in accepted.named:
-            if accepted.any_name:
-                checked[name] = value
-                continue
-            raise ConfigError(f"{key}.{name}", value, f"no such argument; {nearest(name, valid)}")
-        parameter, scope = accepted.named[name]
-        annotation = _annotation(parameter, scope)
-        # a default of None admits null whatever the annotation says
-        if not (value is None and parameter.default is None):
-            fault = _mismatch(value, annotation)
-            if fault is not None:
-                raise ConfigError(f"{key}.{name}", value, fault)
-        checked[name] = _converted(value, annotation)
-    if not partial:
-        for name, (parameter, _) in accepted.named.items():
-            if parameter.default is parameter.empty and name not in taken and name not in given \
-                    and name not in checked:
-                raise ConfigError(f"{key}.{name}", None, "a value: this argument has no default")
-    return checked
-
-
-def _annotation(parameter: inspect.Parameter, scope: dict) -> Any:
-    """The parameter's type, or Any if there is none or it cannot be resolved here."""
-    if parameter.annotation is parameter.empty:
-        return Any
-    holder = types.SimpleNamespace(__annotations__={"value": parameter.annotation})
-    try:
-        return typing.get_type_hints(holder, globalns=scope)["value"]
-    except (NameError, AttributeError, TypeError, SyntaxError):  # imported for type checkers alone
-        return Any
-
-
-def _mismatch(value: Any, expected: Any, within_union: bool = False) -> str | None:
-    """None if the value fits the type, else what would fit. Types that are not plain are not judged."""
-    origin, inner = typing.get_origin(expected), typing.get_args(expected)
-    if expected is Any or expected is object:
-        return None
-    if origin is typing.Annotated:
-        return _mismatch(value, inner[0], within_union)
-    if origin in (typing.Union, types.UnionType):
-        faults = [_mismatch(value, arm, within_union=True) for arm in inner]
-        return None if any(f is None for f in faults) else _describe(expected)
-    if origin is Literal:
-        if any(value == v and type(value) is type(v) for v in inner):
-            return None
-        return nearest(str(value), [str(v) for v in inner]) if all(isinstance(v, str) for v in inner) \
-            else _describe(expected)
-    if expected is None or expected is type(None):
-        return None if value is None else "null"
-    if expected is bool or expected is str:
-        return None if isinstance(value, expected) else _describe(expected)
-    if expected is int:
-        return None if isinstance(value, int) and not isinstance(value, bool) else _describe(expected)
-    if expected is float:
-        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else _describe(expected)
-    container = origin or expected
-    if container is tuple and inner and inner[-1] is not Ellipsis:
-        fits = isinstance(value, (list, tuple)) and len(value) == len(inner)
-        fits = fits and all(_mismatch(v, t) is None for v, t in zip(value, inner, strict=True))
-        return None if fits else _describe(expected)
-    if container in (list, tuple, Sequence, Iterable, Collection):
-        item = inner[0] if inner else Any
-        fits = isinstance(value, (list, tuple)) and all(_mismatch(v, item) is None for v in value)
-        return None if fits or (value is not None and not isinstance(value, _PLAIN)) else _describe(expected)
-    if container in (dict, Mapping):
-        keys, items = inner if inner else (Any, Any)
-        fits = isinstance(value, Mapping) and all(
-            _mismatch(k, keys) is None and _mismatch(v, items) is None for k, v in value.items())
-        return None if fits else _describe(expected)
-    # a class of our own is never written as a plain value; in a union a plain value must fit a plain type
-    if inspect.isclass(container) and (within_union or container.__module__.split(".")[0] == "onward"):
-        if getattr(container, "_is_protocol", False) or issubclass(container, os.PathLike):
-            return None
-        return None if isinstance(value, container) or not isinstance(value, _PLAIN) else _describe(expected)
-    return None
-
-
-def _converted(value: Any, expected: Any) -> Any:
-    """A list where only a tuple fits becomes one; everything else stays."""
-    if not isinstance(value, list):
-        return value
-    arms = [expected]
-    if typing.get_origin(expected) in (typing.Union, types.UnionType):
-        arms = [a for a in typing.get_args(expected) if a is not type(None)]
-    return tuple(value) if len(arms) == 1 and (typing.get_origin(arms[0]) or arms[0]) is tuple else value
-
-
-def _describe(expected: Any) -> str:
-    """The type in words: "a number", "an integer", "a list of integers", "one of ..."."""
-    origin, inner = typing.get_origin(expected), typing.get_args(expected)
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null",
-             None: "null", Any: "anything"}
-    if origin is None and expected in words:
-        return words[expected]
-    if origin is typing.Annotated:
-        return _describe(inner[0])
-    if origin in (typing.Union, types.UnionType):
-        plain = [a for a in inner if not (inspect.isclass(a) and a.__module__.split(".")[0] == "torch")]
-        return " or ".join(dict.fromkeys(_describe(a) for a in plain or inner))
-    if origin is Literal:
-        return "one of " + ", ".join("null" if v is None else str(v) for v in inner)
-    container = origin or expected
-    if container is tuple and inner and inner[-1] is not Ellipsis:
-        return f"a list of {len(inner)}: " + ", ".join(_describe(t) for t in inner)
-    if container in (list, tuple, Sequence, Iterable, Collection):
-        return f"a list, each entry {_describe(inner[0])}" if inner and inner[0] is not Any else "a list"
-    if container in (dict, Mapping):
-        return f"a mapping, each value {_describe(inner[1])}" if inner and inner[1] is not Any else "a mapping"
-    return getattr(container, "__name__", str(container))

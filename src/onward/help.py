@@ -23,6 +23,7 @@ TITLES = {
     "tracking": "where runs are recorded",
     "experiment": "presets with published and obtained figures",
     "debug": "short runs for finding faults",
+    "hydra": "where runs write and how they log",
 }
 
 EXAMPLES = (
@@ -34,6 +35,13 @@ EXAMPLES = (
     ("debug=fast", "does it run? one short epoch, untracked"),
     ("algo=backprop --cfg job", "show the composed config, run nothing"),
     ("--config-dir ~/rules algo=mine", "your own YAML files, from any folder"),
+)
+
+VALUES = (
+    ("seed=0", "of initial weights, data order and every other draw"),
+    ("name=<text>", "the run's name"),
+    ("<group>.<key>=<value>", "any value that --cfg job shows"),
+    ("+<group>.<key>=<value>", "an argument that the YAML leaves out"),
 )
 
 FLAGS = (
@@ -67,7 +75,7 @@ def summary(path: Path) -> str:
 
 
 def options(folders: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """``{group: {option: one line}}`` of every YAML file below the folders; a file in an earlier folder wins."""
+    """``{group: {option: one line}}`` of every YAML file in the folders; an earlier folder's file wins."""
     found: dict[str, dict[str, str]] = {}
     for folder in folders:
         for path in sorted(folder.rglob("*.yaml")):
@@ -98,26 +106,23 @@ def help_text(program: str, overlays: Sequence[Path] = (), width: int | None = N
     lines = ["Train neural networks by any rule, on any model, data and hardware.", "",
              f"usage: {program} [<group>=<option> ...] [<key>=<value> ...] [flags]", ""]
     lines += ["EXAMPLES", *_table([(f"{program} {a}", b) for a, b in EXAMPLES], width, wide=True), ""]
-    order = [*TITLES, *sorted(set(found) - set(TITLES))]
-    order.sort(key=lambda group: (list(TITLES).index(group.split("/")[0]) if group.split("/")[0] in TITLES
-                                  else len(TITLES), group))
-    for group in order:
-        if group in found:
-            title = TITLES.get(group) or ("run folders and logging" if group == "hydra" else f"parts of {group}")
-            if group not in TITLES and "/" in group:
-                title = f"parts of {group.split('/')[0]}"
-            lines += [f"{group}=   {title}", *_table(found[group].items(), width), ""]
-    lines += ["VALUES", *_table((("seed=0", "of initial weights, data order and every other draw"),
-                                 ("name=<text>", "the run's name"),
-                                 ("<group>.<key>=<value>", "any value that --cfg job shows"),
-                                 ("+<group>.<key>=<value>", "an argument that the YAML leaves out")), width), ""]
+    for group in sorted(found, key=_place):
+        title = TITLES.get(group) or f"parts of {group.split('/')[0]}"
+        lines += [f"{group}=   {title}", *_table(found[group].items(), width), ""]
+    lines += ["VALUES", *_table(VALUES, width), ""]
     lines += ["FLAGS", *_table(FLAGS, width), ""]
     scripts = tools()
     if scripts:
         lines += [f"TOOLS   {program} <tool> [--help]", *_table(scripts.items(), width), ""]
     lines += ["ENVIRONMENT", *_table(VARIABLES, width), ""]
-    lines += [f"Results go to {output_root()}", f"Configs come from {', '.join(map(str, [*overlays, config_dir()]))}"]
-    return "\n".join(lines) + "\n"
+    sources = ", ".join(str(path) for path in [*overlays, config_dir()])
+    return "\n".join([*lines, f"Results go to {output_root()}", f"Configs come from {sources}"]) + "\n"
+
+
+def _place(group: str) -> tuple[int, str]:
+    """Groups in the order of TITLES, nested ones after their parent, others last."""
+    names, parent = list(TITLES), group.split("/")[0]
+    return (names.index(parent) if parent in names else len(names), group)
 
 
 def _table(rows, width: int, wide: bool = False) -> list[str]:

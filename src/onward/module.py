@@ -84,10 +84,8 @@ class ExperimentModule(pl.LightningModule):
                 self._flush()
             if engine.step_index == self.max_steps:
                 self.trainer.should_stop = True
-                self._tick.step()
-                return -1  # Lightning: skip the rest of this epoch
+                break
         self._tick.step()
-        return None
 
     def _probe(self, probe: Probe, batch: Batch) -> None:
         started = time.perf_counter()

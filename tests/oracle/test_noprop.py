@@ -150,7 +150,8 @@ def total_losses(engine, batch, codes):
 
     out = engine.model.readout.linear
     ce = torch.nn.functional.cross_entropy(sample(rule.steps) @ out.weight.T + out.bias, batch.y)
-    kl = 0.5 * (rule.abar[0] * u.square().sum(1) - u.shape[1] * (rule.abar[0] + math.log1p(-rule.abar[0]))).mean()
+    first, width = rule.abar[0], u.shape[1]
+    kl = 0.5 * (first * u.square().sum(1) - width * (first + math.log1p(-first))).mean()
     snr = [a / (1 - a) for a in rule.abar]
     losses = []
     for t in range(1, rule.steps + 1):
@@ -364,7 +365,7 @@ def test_int8_arithmetic_acts_on_every_role():
     before = [p.detach().clone() for p in blocks.parameters()]
     assert torch.isfinite(engine.train_step(a_batch())["loss"])
     assert all(not torch.equal(p, b) for p, b in zip(blocks.parameters(), before, strict=True))
-    # 8 matrices a block (1 trunk, 1 image, 3 label, 3 fusion) and the head's; one output and one input a block
+    # a block has 8 matrices (1 trunk, 1 image, 3 label, 3 fusion), one input, one output; the head 1 matrix
     fired = {role: hardware.fired[role] for role in ("weight", "activation", "error", "input")}
     assert fired == {"weight": 3 * 8 + 1, "activation": 3, "error": 3, "input": 3}
     with engine.inference():

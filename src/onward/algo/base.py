@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -287,6 +287,7 @@ class LossOracle:
     def __init__(self, engine: Engine, batch: Batch, distribution: str, *, keep: bool = False):
         self.engine, self.batch, self.distribution = engine, batch, distribution
         self._at: list[tuple[str, float] | None] = [None] * (engine.depth + 1)  # where each unit stands
+        self._queried = False
         self._kept: list[list[Tensor]] | None = None
         if keep:
             self._kept = [[p.detach().clone() for p in engine.parameters_of(i)]
@@ -336,19 +337,27 @@ class LossOracle:
         for p, kept in zip(self.engine.parameters_of(i), self._kept[i], strict=True):
             p.copy_(kept)
 
+    @contextmanager
+    def _query(self) -> Iterator[None]:
+        """One pass: the step's noise from its start; running statistics of the batch move once a step."""
+        self.engine.restart_noise()
+        with held_statistics(self.engine.model) if self._queried else nullcontext():
+            yield
+        self._queried = True
+
     def loss(self) -> Tensor:
         """The loss at the current parameters: one query."""
-        self.engine.restart_noise()
-        return self.engine.loss(self.engine.forward(self.batch), self.batch)
+        with self._query():
+            return self.engine.loss(self.engine.forward(self.batch), self.batch)
 
     def derivative(self, key: str) -> tuple[Tensor, Tensor]:
         """(loss, <grad L, z>) by forward mode, unit after unit: memory does not grow with depth."""
         engine, h, dh = self.engine, self.batch.x, None
-        engine.restart_noise()
-        for i in range(engine.depth + 1):
-            tangents = self.direction(key, i)
-            h, dh = engine.jvp(i, h, dh, tangents, self.batch.context)
-            del tangents
+        with self._query():
+            for i in range(engine.depth + 1):
+                tangents = self.direction(key, i)
+                h, dh = engine.jvp(i, h, dh, tangents, self.batch.context)
+                del tangents
         slope = (engine.output_error(h, self.batch) * dh).sum()
         return engine.loss(h, self.batch), engine.average(slope)
 
@@ -471,7 +480,29 @@ class Inference(Rule):
         return {"loss": loss, **self.report(states)}
 
 
+@dataclass
+class States:
+    """Scores of a forward pass and the block outputs ``hidden[0 .. depth-1]`` that are to be relaxed."""
+
+    scores: Tensor
+    hidden: list[Tensor]
+
+
+@contextmanager
+def held_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation reads the batch but leaves its running statistics: a batch is run many times."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [m.momentum for m in norms]
+    try:
+        for m in norms:
+            m.momentum = 0.0
+        yield
+    finally:
+        for m, momentum in zip(norms, kept, strict=True):
+            m.momentum = momentum
+
+
 __all__ = [
-    "BlockLocal", "Feedback", "Inference", "LossOracle", "Perturbation", "Plasticity", "Rule", "RuleInfo",
+    "DRAWS", "BlockLocal", "Feedback", "Inference", "LossOracle", "Perturbation", "Plasticity", "Rule", "RuleInfo",
     "States", "choice", "held_statistics", "normal", "rademacher",
 ]

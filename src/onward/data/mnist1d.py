@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import numpy as np
 import torch
@@ -50,8 +51,9 @@ class MNIST1D(DataSet):
         return assemble(self.name, self.layout, Classification(10), parts)
 
 
+@cache
 def generate() -> dict[str, np.ndarray]:
-    """The published arrays x (4000, 40), y, x_test (1000, 40), y_test.
+    """The published arrays x (4000, 40), y, x_test (1000, 40), y_test; made once a process.
 
     The generator seeds the global random states of Python and numpy; they are put back.
     """

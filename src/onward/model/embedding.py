@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from onward.errors import ConfigError
 from onward.model.base import Block
 
+# Initial standard deviation of token vectors and their positions (Radford et al. 2018, sec. 4.1).
+TOKEN_STD = 0.02
+
 
 class Steps(nn.Module):
     """Sequences (T, D) as they are: T steps of D features."""
@@ -55,12 +58,15 @@ class Patches(nn.Module):
 
 
 class Positions(nn.Module):
-    """Adds one learned vector per position: ``h_t + p_t``; shorter sequences use the first ones."""
+    """Adds one learned vector per position: ``h_t + p_t``; shorter sequences use the first ones.
 
-    def __init__(self, steps: int, dim: int):
+    ``std`` is that of the initial vectors: about that of ``h``, or attention starts blind to the order.
+    """
+
+    def __init__(self, steps: int, dim: int, std: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(steps, dim))
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.weight[: h.shape[1]]
@@ -81,7 +87,8 @@ class StepEmbedding(Block):
         self.in_shape, self.out_shape = tuple(in_shape), (n_steps, dim)
         self.cut = cut
         self.linear = nn.Linear(n_features, dim)
-        self.positions = Positions(n_steps, dim)
+        # torch's initial linear map gives std 1/sqrt(3) = 0.58 for inputs of unit scale
+        self.positions = Positions(n_steps, dim, std=0.5)
 
     def pre_activation(self, x, context=None):
         return self.positions(self.linear(self.cut(x)))
@@ -102,7 +109,7 @@ class TokenEmbedding(Block):
         super().__init__()
         self.in_shape, self.out_shape = (steps,), (steps, dim)
         self.table = nn.Embedding(vocabulary, dim)
-        nn.init.normal_(self.table.weight, std=0.02)
+        nn.init.normal_(self.table.weight, std=TOKEN_STD)
         self.positions = positions
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from onward.data.spec import DataSpec
 from onward.model.base import Block, Stack, activation, head, require_layout, vector_norm
 from onward.model.check import SEQUENCE_NORMS, check_activation, choice, divides, positive, probability
-from onward.model.embedding import Patches, Positions, StepEmbedding, Steps, TokenEmbedding
+from onward.model.embedding import TOKEN_STD, Patches, Positions, StepEmbedding, Steps, TokenEmbedding
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -102,7 +102,7 @@ def transformer(spec: DataSpec, dim: int = 64, depth: int = 3, heads: int = 4, m
         first = StepEmbedding(spec.input_shape, dim, Steps())
     else:
         steps = spec.input_shape[0]
-        first = TokenEmbedding(steps, spec.vocabulary, dim, Positions(steps, dim))
+        first = TokenEmbedding(steps, spec.vocabulary, dim, Positions(steps, dim, TOKEN_STD))
     blocks = [first]
     for i in range(depth):
         blocks.append(AttentionBlock(

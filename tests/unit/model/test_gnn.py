@@ -161,6 +161,6 @@ def test_dropout_falls_on_the_layers_input(make, dense):
 def test_a_graph_layer_without_a_graph_and_heads_that_do_not_divide_are_refused(make, x):
     with pytest.raises(Unsupported, match="no context"):
         gnn(make.graph(), "gcn", [4]).double()(x)
-    with pytest.raises(ConfigError, match="divisor of each of model.widths") as refusal:
+    with pytest.raises(ConfigError, match=r"divisor of each of model\.widths") as refusal:
         gnn(make.graph(), "gat", [8, 6], heads=4)
     assert refusal.value.key == "model.heads"

@@ -168,6 +168,7 @@ class NoProp(BlockLocal):
         steps: T, the number of denoising blocks.
         eta: weight of the denoising loss.
         embedding: ``one_hot`` (fixed, d = classes) or ``learned`` (d = ``embedding_dim``, orthogonal start).
+            A learned one shrinks under large w_t: prefer ``weighting=uniform`` or ``signal_share`` <= 0.9.
         embedding_dim: d of a learned embedding.
         noise_schedule: ``cosine``, ``linear`` or ``log_snr``, see :func:`signal_shares`.
         signal_share: abar_T < 1, the share of signal in the last, cleanest z; bounds the SNR.

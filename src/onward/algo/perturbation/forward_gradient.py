@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from onward.algo.base import DRAWS, LossOracle, Perturbation, RuleInfo, choice
+from onward.algo.base import DRAWS, LossOracle, Perturbation, RuleInfo, choice, held_statistics
 from onward.data.spec import Batch
-from onward.engine.engine import Engine
+
+if TYPE_CHECKING:
+    from onward.engine.engine import Engine
 
 
 class ForwardGradient(Perturbation):
@@ -50,7 +54,7 @@ class ForwardGradient(Perturbation):
         self.perturb = choice("algo.perturb", perturb, ("weights", "activities"))
 
     def setup(self, model, spec):
-        self.shared = spec.layout == "graph" or any(b.uses_batch_statistics for b in model.blocks)
+        self._one_slope = spec.layout == "graph" or any(b.uses_batch_statistics for b in model.blocks)
         return model
 
     def estimate(self, oracle: LossOracle) -> tuple[dict[str, Tensor], Tensor]:
@@ -63,7 +67,8 @@ class ForwardGradient(Perturbation):
     def step(self, engine, batch):
         if self.perturb == "weights":
             return super().step(engine, batch)
-        slopes = [self._slope(engine, batch, k) for k in range(self.directions)]
+        with held_statistics(engine.model):  # they move in the pass that makes the update
+            slopes = [self._slope(engine, batch, k) for k in range(self.directions)]
         engine.restart_noise()  # the blocks are run again: same dropout masks as when the slopes were taken
         h = batch.x
         for i in range(engine.depth):
@@ -89,7 +94,7 @@ class ForwardGradient(Perturbation):
             dh = u if dh is None else u.add_(dh)
         scores, moved = engine.jvp(engine.depth, h, dh, None)
         slope = engine.output_error(scores, batch) * moved
-        return slope.sum().view(1) if self.shared else slope.flatten(1).sum(1)
+        return slope.sum().view(1) if self._one_slope else slope.flatten(1).sum(1)
 
     def _noise(self, engine: Engine, batch: Batch, k: int, i: int, h: Tensor) -> Tensor:
         """Direction k at block i's output; drawn for the global batch, the same at every call."""

@@ -1,0 +1,315 @@
+"""Forward gradient: exact slopes on every kind of block, no bias, the variance laws, constant memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import a_batch, gradients, make_engine, sgd
+from torch.func import functional_call, jvp
+
+from onward.algo.base import LossOracle
+from onward.algo.perturbation.forward_gradient import ForwardGradient
+from onward.data.spec import Batch, DataSpec
+from onward.data.task import Classification
+from onward.engine import Engine
+from onward.engine.ledger import LiveBytes
+from onward.engine.locality import audit, classify
+from onward.errors import ConfigError
+from onward.hardware.base import Hardware, Numerics
+from onward.hardware.formats import Int
+from onward.model.cnn import cnn
+from onward.model.gnn import gnn
+from onward.model.mlp import mlp
+from onward.model.resnet import resnet
+from onward.model.rnn import rnn
+from onward.model.transformer import transformer
+from onward.samples import SMALL, family
+
+MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "transformer": transformer, "rnn": rnn, "gnn": gnn}
+KINDS = [("mlp", "flat", {}), ("mlp", "flat", {"norm": "layer", "activation": "gelu"}),
+         ("mlp", "regression", {}), ("cnn", "image", {}), ("cnn", "image", {"norm": "batch"}),
+         ("resnet", "image", {}), ("transformer", "image", {}), ("transformer", "tokens", {}),
+         ("rnn", "sequence", {"cell": "gru"}), ("rnn", "sequence", {"cell": "lstm"}), ("rnn", "tokens", {}),
+         ("gnn", "graph", {"layer": "gcn"}), ("gnn", "graph", {"layer": "sage"}),
+         ("gnn", "graph", {"layer": "gat"})]
+
+
+def doubled(batch: Batch) -> Batch:
+    def cast(t):
+        return t.double() if t.is_floating_point() else t
+
+    return replace(batch, x=cast(batch.x), y=cast(batch.y))
+
+
+def engine_for(name: str, layout: str, rule: ForwardGradient, changes: dict | None = None,
+               **kwargs) -> tuple[Engine, Batch]:
+    spec, batch = family(layout)
+    torch.manual_seed(11)
+    stack = rule.setup(MODELS[name](spec, **SMALL[name], **(changes or {})).double(), spec)
+    return Engine(rule, stack, spec, sgd(), **kwargs), doubled(batch)
+
+
+def parameters(engine: Engine) -> list[torch.nn.Parameter]:
+    return [p for i in range(engine.depth + 1) for p in engine.parameters_of(i)]
+
+
+def exact_gradient(engine: Engine, batch: Batch) -> list[torch.Tensor]:
+    engine.restart_noise()
+    with torch.enable_grad():
+        loss = engine.task.loss(engine.forward(batch), batch)
+    return torch.autograd.grad(loss, parameters(engine), materialize_grads=True)
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def drawn(oracle: LossOracle, key: str) -> list[torch.Tensor]:
+    return [z for i in range(oracle.engine.depth + 1) for z in oracle.direction(key, i)]
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "dual"])
+@pytest.mark.parametrize(("name", "layout", "changes"), KINDS)
+@torch.no_grad()
+def test_slope_is_the_directional_derivative_of_the_whole_net(name, layout, changes, closed):
+    """Unit by unit = ``torch.func.jvp`` of the composed loss = <gradient, v>."""
+    engine, batch = engine_for(name, layout, ForwardGradient(), changes, closed_forms=closed)
+    oracle = LossOracle(engine, batch, "normal")
+    loss, slope = oracle.derivative("0")
+    v = drawn(oracle, "0")
+    by_gradient = flat(exact_gradient(engine, batch)) @ flat(v)
+
+    names = [f"{unit}.{n}" for unit, module in
+             [*((f"blocks.{i}", b) for i, b in enumerate(engine.model.blocks)), ("readout", engine.model.readout)]
+             for n, _ in module.named_parameters()]
+    with torch.enable_grad():
+        value, whole = jvp(
+            lambda params: engine.task.loss(functional_call(engine.model, params, (batch.x, batch.context)), batch),
+            (dict(zip(names, [p.detach() for p in parameters(engine)], strict=True)),),
+            (dict(zip(names, v, strict=True)),))
+    torch.testing.assert_close(slope, whole, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(slope, by_gradient, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(loss, value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "layout", "changes"), KINDS)
+@torch.no_grad()
+def test_activity_slopes_are_derivatives_by_the_block_outputs(name, layout, changes):
+    """The batch's slopes sum to ``sum_i <dL/dh_i, u_i>``, with dL/dh_i from reverse mode."""
+    engine, batch = engine_for(name, layout, ForwardGradient("activities"), changes)
+    rule = engine.rule
+    engine.restart_noise()
+    slopes = rule._slope(engine, batch, 0)
+    engine.restart_noise()
+    with torch.enable_grad():
+        h, outputs = batch.x, []
+        for i in range(engine.depth):
+            h = engine.run(i, h, batch.context)
+            outputs.append(h)
+        loss = engine.task.loss(engine.run(engine.depth, h), batch)
+    grads = torch.autograd.grad(loss, outputs)
+    products = [g * rule._noise(engine, batch, 0, i, h)
+                for i, (g, h) in enumerate(zip(grads, outputs, strict=True))]
+    torch.testing.assert_close(slopes.sum(), sum(p.sum() for p in products), rtol=1e-10, atol=1e-12)
+    if slopes.numel() > 1:
+        torch.testing.assert_close(slopes, sum(p.flatten(1).sum(1) for p in products), rtol=1e-10, atol=1e-12)
+    assert (slopes.numel() == 1) == (layout == "graph" or changes.get("norm") == "batch" or name == "resnet")
+
+
+def tiny(rule: ForwardGradient) -> tuple[Engine, Batch]:
+    """d = 83 parameters, float64."""
+    spec = DataSpec("tiny", "flat", (6,), Classification(3), 8, 8, 8)
+    source = torch.Generator().manual_seed(3)
+    batch = Batch(torch.randn(12, 6, generator=source).double(),
+                  torch.randint(0, 3, (12,), generator=source), total=12)
+    torch.manual_seed(4)
+    stack = mlp(spec, (8,), activation="tanh")
+    return make_engine(rule, stack, spec, sgd(0.0), dtype=torch.float64), batch
+
+
+@torch.no_grad()
+def estimates(engine: Engine, batch: Batch, draws: int) -> torch.Tensor:
+    """(draws, d) estimates at the same parameters, one per step index."""
+    rows = []
+    for t in range(draws):
+        engine.step_index = t
+        oracle = engine.rule.oracle(engine, batch)
+        coefficients, _ = engine.rule.estimate(oracle)
+        rows.append(flat([g for i in range(engine.depth + 1) for g in oracle.gradients(i, coefficients)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("distribution", "constant"), [("normal", 2), ("rademacher", 0)])
+def test_unbiased_with_the_variance_of_its_dimension(distribution, constant):
+    """``E g = grad L`` within sampling error, ``E|g|^2 / |grad L|^2`` = d + 2 (normal), d (Rademacher)."""
+    engine, batch = tiny(ForwardGradient(distribution=distribution))
+    exact = flat(exact_gradient(engine, batch))
+    got = estimates(engine, batch, 6000)
+    z = (got.mean(0) - exact) / (got.std(0) / len(got) ** 0.5)
+    assert 0.8 <= z.square().mean().sqrt() <= 1.2
+    assert z.abs().max() <= 4
+    d = exact.numel()
+    assert d == 83
+    assert (got.square().sum(1).mean() / exact.square().sum()).item() == pytest.approx(d + constant, rel=0.05)
+
+
+def test_variance_falls_with_the_number_of_directions():
+    """``E|g|^2 / |grad L|^2 = 1 + (d + 1) / K`` for the mean of K normal directions."""
+    engine, batch = tiny(ForwardGradient(distribution="normal", directions=8))
+    exact = flat(exact_gradient(engine, batch))
+    got = estimates(engine, batch, 1000)
+    assert (got.square().sum(1).mean() / exact.square().sum()).item() == pytest.approx(1 + 84 / 8, rel=0.05)
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+def test_activity_perturbation_is_unbiased_and_varies_less(distribution):
+    engine, batch = tiny(ForwardGradient("activities", distribution))
+    block = len(flat(engine.parameters_of(0)))
+    exact = flat(exact_gradient(engine, batch))
+    rows = []
+    for t in range(3000):
+        engine.step_index = t
+        taken = gradients(engine, batch)
+        rows.append(flat([*taken["block0"], *taken["readout"]]))
+    got = torch.stack(rows)
+    torch.testing.assert_close(got[:, block:], exact[block:].expand(3000, -1), rtol=1e-10, atol=1e-14)
+    got, exact = got[:, :block], exact[:block]
+    z = (got.mean(0) - exact) / (got.std(0) / len(got) ** 0.5)
+    assert 0.8 <= z.square().mean().sqrt() <= 1.2
+    assert z.abs().max() <= 4
+    # 8 perturbed units instead of 56 perturbed weights
+    assert got.square().sum(1).mean() / exact.square().sum() <= 8
+
+
+def test_a_step_hands_over_slope_times_direction():
+    engine = make_engine(ForwardGradient(), widths=(12, 9), dtype=torch.float64)
+    batch = a_batch(16, torch.float64)
+    with torch.no_grad():
+        oracle = LossOracle(engine, batch, "normal")
+        _, slope = oracle.derivative("0")
+        expected = {engine.group(i): [slope * z for z in oracle.direction("0", i)] for i in range(3)}
+    taken = gradients(engine, batch)
+    for name, parts in expected.items():
+        torch.testing.assert_close(taken[name], parts, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rule", [ForwardGradient(), ForwardGradient("activities", "rademacher", 2)],
+                         ids=["weights", "activities"])
+@pytest.mark.parametrize(("name", "layout", "changes"), KINDS)
+def test_closed_and_dual_forms_take_the_same_step(name, layout, changes, rule):
+    taken = []
+    for closed in (True, False):
+        engine, batch = engine_for(name, layout, rule, changes, closed_forms=closed)
+        taken.append(gradients(engine, batch))
+    for group, parts in taken[0].items():
+        torch.testing.assert_close(parts, taken[1][group], rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def test_slopes_under_int8_are_those_of_the_straight_through_gradient():
+    numerics = Numerics(weight=Int(8, "channel"), activation=Int(8), perturbation=Int(4, rounding="stochastic"))
+    for name, layout in (("mlp", "flat"), ("cnn", "image"), ("transformer", "tokens")):
+        engine, batch = engine_for(name, layout, ForwardGradient(), hardware=Hardware("int8", numerics=numerics))
+        engine.begin_step()
+        oracle = LossOracle(engine, batch, "normal")
+        _, slope = oracle.derivative("0")
+        v = flat(drawn(oracle, "0"))
+        torch.testing.assert_close(slope, flat(exact_gradient(engine, batch)) @ v, rtol=1e-10, atol=1e-12)
+        levels = oracle.direction("0", 0)[0].unique()
+        assert 3 <= len(levels) <= 15, "15 levels of 4 bits"
+        assert torch.equal(v, flat(drawn(oracle, "0"))), "rounding is part of the direction"
+
+
+@torch.no_grad()
+def test_directions_are_named_by_seed_step_name_and_unit():
+    def at(seed, step, key, i):
+        engine = make_engine(ForwardGradient(), widths=(100, 100, 100), seed=seed)
+        engine.step_index = step
+        return LossOracle(engine, a_batch(), "normal").direction(key, i)[0].flatten()[:6400]
+
+    one = at(3, 5, "0", 1)
+    assert torch.equal(one, at(3, 5, "0", 1)), "a resumed run draws the same"
+    for other in (at(4, 5, "0", 1), at(3, 6, "0", 1), at(3, 5, "1", 1), at(3, 5, "0", 2)):
+        assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) <= 4 / 6400**0.5
+
+
+@torch.no_grad()
+def test_rademacher_bits_are_fair_and_independent():
+    engine = make_engine(ForwardGradient(), widths=(300, 300))
+    z = flat(LossOracle(engine, a_batch(), "rademacher").direction("0", 1))
+    n = z.numel()
+    assert torch.equal(z.unique(), torch.tensor([-1.0, 1.0]))
+    assert abs(z.sum()) <= 4 * n**0.5
+    words = -(-n // 64) * 2  # neighbouring bits of a word are this far apart
+    for lag in (1, 2, 31, 32, 64, words, 2 * words):
+        assert abs((z[lag:] * z[:-lag]).sum()) <= 4 * n**0.5, lag
+
+
+@pytest.mark.parametrize("perturb", ["weights", "activities"])
+def test_dropout_masks_are_the_same_in_every_pass(perturb):
+    spec, batch = family("flat")
+    torch.manual_seed(2)
+    net = mlp(spec, (40, 40), dropout=0.5)
+    engine = make_engine(ForwardGradient(perturb, directions=3), net, spec, sgd(), dtype=torch.float64)
+    batch = doubled(batch)
+    seen = []
+    run, push = engine.run, engine.jvp
+    engine.run = lambda i, h, *a: seen.append((i, out := run(i, h, *a))) or out
+    engine.jvp = lambda i, h, *a: seen.append((i, (out := push(i, h, *a))[0])) or out
+    with torch.no_grad():
+        engine.begin_step()
+        if perturb == "weights":
+            engine.rule.estimate(LossOracle(engine, batch, "normal"))
+        else:
+            engine.updates.take = lambda name, grads: None
+            engine.rule.step(engine, batch)
+    for i in (0, 1):
+        outputs = [h.detach() for j, h in seen if j == i]
+        assert len(outputs) == (3 if perturb == "weights" else 4)
+        assert (outputs[0] == 0).double().mean() > 0.4
+        assert all(torch.equal(outputs[0], h) for h in outputs[1:])
+
+
+@pytest.mark.parametrize("perturb", ["weights", "activities"])
+def test_running_statistics_move_once_a_step(perturb):
+    engine, batch = engine_for("cnn", "image", ForwardGradient(perturb, directions=3), {"norm": "batch"})
+    plain, _ = engine_for("cnn", "image", ForwardGradient(), {"norm": "batch"})
+    with torch.no_grad():
+        plain.forward(batch)
+    engine.updates.take = lambda name, grads: None
+    engine.train_step(batch)
+    for (name, a), (_, b) in zip(engine.model.named_buffers(), plain.model.named_buffers(), strict=True):
+        if name.endswith(("running_mean", "running_var")):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [ForwardGradient(), ForwardGradient("activities")], ids=["weights", "activities"])
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "dual"])
+def test_peak_memory_does_not_grow_with_depth(rule, closed):
+    peaks = []
+    for depth in (4, 16, 64):
+        spec = DataSpec("wide", "flat", (256,), Classification(10), 8, 8, 8)
+        batch = Batch(torch.zeros(128, 256), torch.zeros(128, dtype=torch.int64), total=128)
+        engine = make_engine(rule, mlp(spec, [256] * depth), spec, sgd(1e-3), closed_forms=closed)
+        engine.train_step(batch)
+        with LiveBytes() as meter:
+            engine.train_step(batch)
+        peaks.append(meter.peak)
+    assert peaks[0] == peaks[1] == peaks[2]
+    assert peaks[0] <= 900 * 1024, "backpropagation needs 1422 KiB at depth 4"
+
+
+@pytest.mark.parametrize("perturb", ["weights", "activities"])
+def test_locality_is_as_declared(perturb):
+    found = audit(make_engine(ForwardGradient(perturb), widths=(16, 16, 16)), a_batch())
+    assert classify(**found) == ForwardGradient.info.locality == "global"
+
+
+@pytest.mark.parametrize(("arguments", "key"), [({"perturb": "weight"}, "algo.perturb"),
+                                                ({"distribution": "gauss"}, "algo.distribution"),
+                                                ({"directions": 0}, "algo.directions")])
+def test_bad_arguments_name_the_key(arguments, key):
+    with pytest.raises(ConfigError, match=key):
+        ForwardGradient(**arguments)
