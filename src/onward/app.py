@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shlex
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,9 @@ from onward.model.base import Stack
 from onward.module import ExperimentModule
 from onward.parallel import Replicated
 from onward.progress import Progress
+from onward.report import run_table
 from onward.seeds import derive
+from onward.tracking.note import run_name
 from onward.tracking.run import Run, TrackingSettings
 
 log = logging.getLogger("onward")
@@ -80,7 +86,8 @@ def assemble(cfg: DictConfig) -> Parts:
         total = min(total, settings.max_steps)
     engine = Engine(rule, model, spec, optimizer, hardware=hardware, schedule=schedule, seed=seed,
                     total_steps=total, clip_norm=settings.clip_norm, accumulate=settings.accumulate,
-                    check_locality=settings.check_locality)
+                    check_locality=settings.check_locality,
+                    eager={"auto": None, "eager": True, "together": False}[settings.update])
     return Parts(data, spec, rule, model, hardware, engine, probes, settings, total)
 
 
@@ -108,9 +115,9 @@ def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_
     identity = {"rule": choices["algo"], "config_hash": config_hash(cfg)}
     if resumed is not None:
         read_checkpoint(resumed.checkpoint, expect_rule=identity["rule"])
-    name = cfg.name or f"{choices['algo']} · {choices['model']} · {choices['data']} · s{cfg.seed}"
+    name = cfg.name or run_name(choices["algo"], choices["model"], choices["data"], cfg.seed)
     with Run.start(tracking, name=name, directory=run_dir, params=parameters(cfg, choices, overrides, parts),
-                   tags=tags(cfg, choices, parts), run_id=resumed.run_id if resumed else None,
+                   tags=tags(cfg, choices, overrides, parts), run_id=resumed.run_id if resumed else None,
                    parent_id=parent_id) as run:
         save_config(run, cfg, choices, overrides)
         return fit(cfg, parts, run, run_dir, choices, {**identity, "run_id": run.run_id},
@@ -135,8 +142,9 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     started = time.perf_counter()
     trainer = make_trainer(parts, callbacks, run_dir)
     loader = RankedLoader(parts.data, "train", seed, runtime.devices, settings.updates_per_step)
-    trainer.fit(module, loader, RankedLoader(parts.data, "val", seed, 1), weights_only=True,
-                ckpt_path=str(checkpoint) if checkpoint else None)
+    with profiled(settings.profile, run_dir):
+        trainer.fit(module, loader, RankedLoader(parts.data, "val", seed, 1), weights_only=True,
+                    ckpt_path=str(checkpoint) if checkpoint else None)
     run.flush()
     best = saver.best_model_path if settings.checkpoint else ""
     last = run_dir / "checkpoints" / "last.ckpt"
@@ -159,8 +167,36 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     }
     run.log(results, parts.engine.step_index)
     run.set_tags({"readout": getattr(module, "primary_readout", "")})
-    summarise(run, cfg, choices, parts, results)
+    run.plot()
+    run_table(run, parts.spec.task, sum(p.numel() for p in parts.model.parameters()), results)
     return selected
+
+
+@contextmanager
+def profiled(folder: str | None, run_dir: Path) -> Iterator[None]:
+    """Profile what runs inside into ``<run>/<folder>``: a table by operator, and a trace for a viewer."""
+    if folder is None:
+        yield
+        return
+    with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
+        yield
+    target = run_dir / folder
+    target.mkdir(parents=True, exist_ok=True)
+    averages = profile.key_averages()
+    for order in ("self_cpu_time_total", "self_cpu_memory_usage"):
+        (target / f"{order}.txt").write_text(averages.table(sort_by=order, row_limit=40), encoding="utf-8")
+    profile.export_chrome_trace(str(target / "trace.json"))
+    log.info("profile in %s", target)
+
+
+@contextmanager
+def sweep(cfg: DictConfig, overrides: list[str], directory: Path) -> Iterator[str | None]:
+    """The parent run of a multirun; closed with the true status of its children."""
+    from onward.tracking.sweep import parent_run
+
+    settings = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+    with parent_run(settings, directory=directory, name=f"sweep · {' '.join(overrides)}") as parent_id:
+        yield parent_id
 
 
 class RankedLoader:
@@ -221,12 +257,13 @@ def parameters(cfg: DictConfig, choices: dict[str, str], overrides: list[str], p
     return shown
 
 
-def tags(cfg: DictConfig, choices: dict[str, str], parts: Parts) -> dict[str, str]:
+def tags(cfg: DictConfig, choices: dict[str, str], overrides: list[str], parts: Parts) -> dict[str, str]:
     """Tags that group and filter runs: the group is the config without its seed."""
     info = parts.rule.info
     return {"algo": choices["algo"], "model": choices["model"], "data": choices["data"],
             "hardware": choices["hardware"], "seed": str(cfg.seed), "locality": info.locality,
-            "tier": parts.rule.tier, "control": str(info.control).lower(), "group": config_hash(cfg)}
+            "tier": parts.rule.tier, "control": str(info.control).lower(), "group": config_hash(cfg),
+            "command": shlex.join(["python", "train.py", *overrides])}
 
 
 def save_config(run: Run, cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> None:
@@ -236,17 +273,9 @@ def save_config(run: Run, cfg: DictConfig, choices: dict[str, str], overrides: l
     run.text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
 
 
-def summarise(run: Run, cfg: DictConfig, choices: dict[str, str], parts: Parts, results: dict) -> None:
-    from onward.report import run_table
-
-    run_table(run, cfg, choices, parts.spec.task, sum(p.numel() for p in parts.model.parameters()), results)
-
-
 def quiet_lightning() -> None:
     """Lightning's tips and device notes say nothing a run needs; warnings stay."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    import warnings
-
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

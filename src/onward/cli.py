@@ -232,7 +232,8 @@ def sweep(hydra: Hydra, name: str, overrides: list[str]) -> int:
     overrides.append(f'hydra.sweep.dir="{pinned}"')
     from onward import app
 
-    with app.sweep(cfg, overrides, directory) as parent_id, explained(hydra, overrides, name, multirun=True):
+    asked = list(cfg.hydra.overrides.task)
+    with app.sweep(cfg, asked, directory) as parent_id, explained(hydra, overrides, name, multirun=True):
         hydra.multirun(name, Job(parent_id, in_sweep=True), overrides)
     return report_failures(directory)
 

@@ -21,8 +21,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from onward.config import validate
+from onward.config import GROUPS, validate
 from onward.errors import ConfigError, OnwardError, nearest
 
 CONFIG_NAME = "train"
@@ -115,6 +116,10 @@ def compose_run(hydra: Hydra, overrides: list[str], config_name: str = CONFIG_NA
     task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     if config_name == CONFIG_NAME:
         validate(task)
+        for group in GROUPS:  # Hydra merges the files of group=[a,b], and counts it as no choice
+            if group not in cfg.hydra.runtime.choices:
+                value = next((w.partition("=")[2] for w in overrides if w.startswith(f"{group}=")), None)
+                raise ConfigError(group, value, "one option; -m with commas runs several")
     return cfg
 
 
@@ -137,7 +142,7 @@ def explained(hydra: Hydra, overrides: Sequence[str], config_name: str = CONFIG_
     """Turn Hydra's composition errors into one message with the key, the value and the nearest valid one."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra: ValueError for group=null
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # ValueError: group=null
         for word in overrides:
             diagnose(hydra, word, overrides, config_name, multirun)
         raise CompositionError(_first_words(error)) from error

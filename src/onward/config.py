@@ -95,6 +95,9 @@ def validate(cfg: DictConfig) -> None:
     for group in GROUPS:
         if not isinstance(cfg.get(group), DictConfig):
             raise ConfigError(group, cfg.get(group), f"{group}=<option>; --help lists the options")
+        if isinstance(cfg[group].get(group), DictConfig):
+            raise ConfigError(f"{group}.{group}", _shown(cfg[group], group),
+                              "in a file that sets several groups '# @package _global_' is the first line")
     checks = {"seed": int, "name": str | None, "resume": str | None}
     for key, expected in checks.items():
         if (fault := mismatch(cfg.get(key), expected)) is not None:

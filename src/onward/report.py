@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
-from omegaconf import DictConfig
-
 from onward.data.task import Task
 from onward.tracking.run import Run
 
@@ -19,8 +15,7 @@ def bytes_text(n: float) -> str:
     raise AssertionError
 
 
-def run_table(run: Run, cfg: DictConfig, choices: dict[str, str], task: Task, n_parameters: int,
-              results: dict[str, float]) -> None:
+def run_table(run: Run, task: Task, n_parameters: int, results: dict[str, float]) -> None:
     """Show the figures a person asks for first: score and its readout, size, time, memory, where, how to look."""
     from rich.console import Console
     from rich.table import Table
@@ -30,16 +25,14 @@ def run_table(run: Run, cfg: DictConfig, choices: dict[str, str], task: Task, n_
                   title_style="bold")
     if figure is not None:
         shown = f"{100 * figure:.2f} %" if task.metric == "accuracy" else f"{figure:.4f}"
-        readout = run.tag("readout")
-        table.add_row(f"test {task.metric}", f"{shown}   (readout: {readout}, selected on validation)")
+        table.add_row(f"test {task.metric}", f"{shown}   (readout: {run.tag('readout')}, selected on validation)")
     table.add_row("parameters", f"{n_parameters:,}")
     table.add_row("training", f"{results['seconds']:.1f} s, without evaluation")
     peak = run.latest("cost/peak_bytes")
     memory = f"{bytes_text(results['memory/peak_rss_bytes'])} of the process"
     if peak is not None:
-        memory = f"{bytes_text(peak)} live in one update beside the parameters, {memory}"
+        memory = f"{bytes_text(peak)} live in one update beside the parameters; {memory}"
     table.add_row("peak memory", memory)
     table.add_row("run", str(run.directory))
     table.add_row("look", run.ui_command())
     Console(soft_wrap=True, highlight=False).print(table)
-    run.note(cfg, choices, task, n_parameters, results, shlex.join(["python", "train.py", *run.overrides]))

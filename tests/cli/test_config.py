@@ -13,8 +13,8 @@ from onward.errors import ConfigError
 
 REPO = Path(__file__).resolve().parents[2]
 
-RULE = """# A rule that asks for plain gradient descent
-# @package _global_
+RULE = """# @package _global_
+# A rule that asks for plain gradient descent
 defaults:
   - override /optimizer: sgd
 algo:
@@ -28,8 +28,8 @@ search:
   optimizer.lr: {distribution: loguniform, low: 1e-4, high: 1.0}
 """
 
-PRESET = """# A preset of that rule
-# @package _global_
+PRESET = """# @package _global_
+# A preset of that rule
 defaults:
   - override /algo: mine
   - override /data: mnist
@@ -39,8 +39,8 @@ algo:
   strength: 2.0
 """
 
-OTHER_OPTIMIZER = """# A preset that wants another optimizer than its rule
-# @package _global_
+OTHER_OPTIMIZER = """# @package _global_
+# A preset that wants another optimizer than its rule
 defaults:
   - override /algo: mine
   - override /optimizer: momentum

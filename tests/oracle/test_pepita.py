@@ -1,6 +1,8 @@
-"""PEPITA against a second derivation in numpy, and its limit of small feedback: adaptive feedback alignment."""
+"""PEPITA against a derivation in numpy, and its limit of small feedback: adaptive feedback alignment."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -71,7 +73,7 @@ def test_update_is_the_published_one(factor, output_error, closed_forms):
 
 
 def test_first_layer_tends_to_adaptive_feedback_alignment():
-    """1 - cosine with ``-((W_1 F e) * act'(z_1)) x^T`` falls with the scale of F: at least tenfold a decade."""
+    """1 - cosine with ``-((W_1 F e) * act'(z_1)) x^T`` falls with F: at least tenfold a decade."""
     batch = a_batch(64, dtype=DOUBLE)
     gaps, errors = [], []
     for scale in (1e-2, 1e-3, 1e-4, 1e-5):
@@ -84,9 +86,9 @@ def test_first_layer_tends_to_adaptive_feedback_alignment():
         gaps.append(1 - F.cosine_similarity(got.flatten(), limit.flatten(), dim=0).item())
         errors.append(((got - limit).norm() / limit.norm()).item())
     assert gaps[0] <= 1e-3
-    for coarse, fine in zip(gaps[:3], gaps[1:3], strict=False):
+    for coarse, fine in pairwise(gaps[:3]):
         assert fine <= coarse / 10 + 1e-14
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert fine <= coarse / 5
     assert errors[-1] <= 1e-5
 

@@ -41,7 +41,7 @@ class Engine:
     def __init__(self, rule: Rule, model: Stack, spec: DataSpec, optimizer: OptimizerFactory, *,
                  hardware: Hardware | None = None, schedule: Schedule | None = None, seed: int = 0,
                  total_steps: int = 1, clip_norm: float | None = None, accumulate: int = 1,
-                 check_locality: str = "first", closed_forms: bool = True):
+                 check_locality: str = "first", closed_forms: bool = True, eager: bool | None = None):
         if check_locality not in ("first", "always", "off"):
             raise ConfigError("trainer.check_locality", check_locality, "first, always or off")
         self.rule, self.model, self.spec, self.task = rule, model, spec, spec.task
@@ -61,10 +61,10 @@ class Engine:
         groups = {self.group(i): self._own[i] + self._local[i] for i in range(self.depth + 1)}
         if (shared := rule.shared_module()) is not None:
             groups["shared"] = list(shared.parameters())
-        self.updates = UpdateChain(groups, optimizer, hardware=self.hardware, eager=rule.eager,
+        self.updates = UpdateChain(groups, optimizer, hardware=self.hardware,
+                                   eager=rule.eager if eager is None else eager,
                                    schedule=schedule, total_steps=total_steps, clip_norm=clip_norm,
                                    accumulate=accumulate)
-        self._stochastic = any(getattr(u, "is_stochastic", False) for u in self.units)
 
     # ------------------------------------------------------------------ one step
 

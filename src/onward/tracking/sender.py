@@ -113,21 +113,21 @@ class Sender:
 
     def drain(self, timeout: float) -> bool:
         """Wait until everything is sent; False if the store is out or the time is over."""
-        before = self.failures
         with self._changed:
-            self._changed.wait_for(lambda: not self._queue or self.failures > before, timeout)
-            return not self._queue
+            return self._wait(self.failures, timeout)
+
+    def _wait(self, failures: int, timeout: float) -> bool:
+        self._changed.wait_for(lambda: not self._queue or self.failures > failures, timeout)
+        return not self._queue
 
     def close(self, timeout: float) -> bool:
         """Try what is left once more, wait for it, and stop. False: it is in ``pending.jsonl`` instead."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        done = self.drain(timeout)
-        with self._changed:
+            done = self._wait(self.failures, timeout)
             if not done and not self._kept:
                 self._keep(self._queue)
-            self._changed.notify_all()
         if self._thread is not None and done:
             self._thread.join(timeout)
         _live.discard(self)

@@ -144,8 +144,9 @@ def _ensure_sqlite(uri: str, settings: TrackingSettings) -> None:
         free = shutil.disk_usage(path.parent).free
         if free < _NEEDED_BYTES:
             raise unusable(uri, f"the disk is full ({free / 2**20:.0f} MiB free, {_NEEDED_BYTES >> 20} needed)")
-        with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
-            _create_or_migrate(uri, path, settings)
+        if not (path.is_file() and (os.getpid(), uri) in _tuned):  # else this process has checked it before
+            with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
+                _create_or_migrate(uri, path, settings)
     except Timeout as error:
         raise unusable(uri, f"another process has held {path}.lock for {_LOCK_SECONDS:.0f} s") from error
     except (OSError, sqlite3.Error) as error:

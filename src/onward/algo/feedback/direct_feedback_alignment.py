@@ -49,8 +49,8 @@ class DirectFeedbackAlignment(Feedback):
         passes="one forward, one vector-Jacobian product inside each block",
         equation=r"\delta_l = (e B_l) \odot \varphi'(z_l), \quad \Delta W_l = -\eta\, \delta_l^\top h_{l-1}, "
                  r"\quad e = \partial \mathcal L / \partial \hat y",
-        differs="Feedback enters at block outputs, so attention, recurrent and residual blocks still use their "
-                "own transposed weights inside; the error is the task's mean, not a sum over the batch.",
+        differs="Feedback enters at block outputs, so attention, recurrent and residual blocks still use "
+                "their own transposed weights inside; the error is the batch mean's, not the sum's.",
         reported="MNIST, fully connected, with dropout: 1.45 % test error (98.55 % accuracy)",
     )
 
@@ -83,7 +83,7 @@ class DirectFeedbackAlignment(Feedback):
 
     def _per_channel(self, block: Block) -> bool:
         """True where the positions of this block's output do not have weights of their own."""
-        return block.layout == "sequence" and self.per_position or self.positions == "shared"
+        return (block.layout == "sequence" and self.per_position) or self.positions == "shared"
 
     def _columns(self, block: Block) -> int:
         if block.layout == "map" and self._per_channel(block):

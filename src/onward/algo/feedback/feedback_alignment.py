@@ -20,7 +20,7 @@ from onward.model.embedding import Positions
 if TYPE_CHECKING:
     from onward.engine.tape import Tape
 
-# Linear maps whose input gradient is replaced, and tables, which are added or looked up and transport nothing.
+# Linear maps, whose input gradient is replaced; tables, which are added or looked up, transport nothing.
 MAPS, TABLES = (nn.Linear, nn.Conv2d), (nn.Embedding, Positions)
 
 
@@ -36,7 +36,8 @@ def pull_back(layer: nn.Module, feedback: Tensor, grad: Tensor, input_shape) -> 
     """
     if isinstance(layer, nn.Linear):
         return (grad @ feedback).reshape(input_shape)
-    return conv2d_input(input_shape, feedback, grad, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return conv2d_input(input_shape, feedback, grad, layer.stride, layer.padding, layer.dilation,
+                        layer.groups)
 
 
 class _Rewire(torch.autograd.Function):
@@ -64,7 +65,8 @@ class FeedbackAlignment(Feedback):
         feedback: ``random`` and fixed; ``transposed`` reads the forward weights at every step, which is
             backpropagation (a control).
         distribution: of the entries, ``uniform`` or ``normal``, mean 0.
-        scale: the standard deviation of B_l is ``scale / sqrt(3 fan_in)``, at 1 that of torch's initial weights.
+        scale: the standard deviation of B_l is ``scale / sqrt(3 fan_in)``, at 1 that of torch's
+            initial weights.
     Raises:
         ConfigError: an unknown feedback or distribution, a scale that is not positive.
     Source: Lillicrap, Cownden, Tweed, Akerman 2016, doi 10.1038/ncomms13276, eq. for ``B e``.
@@ -79,8 +81,8 @@ class FeedbackAlignment(Feedback):
         passes="one forward, one backward through fixed weights",
         equation=r"\delta_{l-1} = (\delta_l B_l) \odot \varphi'(z_{l-1}), \quad "
                  r"\Delta W_l = -\eta\, \delta_l^\top h_{l-1}",
-        differs="No weight is transported, but later blocks' activation derivatives are, so the audit finds it "
-                "global; feedback has the spread of torch's initial weights instead of a tuned range.",
+        differs="No weight is transported, but later blocks' activation derivatives are, so the audit finds "
+                "it global; feedback has the spread of torch's initial weights instead of a tuned range.",
     )
 
     def __init__(self, feedback: str = "random", distribution: str = "uniform", scale: float = 1.0):
@@ -98,17 +100,17 @@ class FeedbackAlignment(Feedback):
                     continue
                 for name, p in module.named_parameters(recurse=False):
                     if p.dim() > 1:
-                        return (f"feedback_alignment replaces the transposed weights of linear and convolutional "
-                                f"maps, but block {i} ({type(unit).__name__}) also multiplies by its own "
-                                f"{name!r}, for which no feedback is defined.")
+                        return (f"feedback_alignment replaces the transposed weights of linear and "
+                                f"convolutional maps, but block {i} ({type(unit).__name__}) also multiplies by "
+                                f"its own {name!r}, for which no feedback is defined.")
         return None
 
     def setup(self, model: Stack, spec):
         if self.mode == "random":
             for i, unit in enumerate([*model.blocks, model.readout]):
                 for k, layer in enumerate(linear_maps(unit)):
-                    fan_in = layer.weight[0].numel()
-                    b = random_matrix(layer.weight.shape, self.distribution, self.scale / math.sqrt(3 * fan_in))
+                    std = self.scale / math.sqrt(3 * layer.weight[0].numel())
+                    b = random_matrix(layer.weight.shape, self.distribution, std)
                     self.register_buffer(f"feedback_{i}_{k}", b)
         return model
 
@@ -119,7 +121,7 @@ class FeedbackAlignment(Feedback):
 
     def step(self, engine, batch):
         h, tapes = batch.x, []
-        # hooks live for this forward pass only: whoever differentiates the model elsewhere gets exact gradients
+        # hooks live for this forward pass only: elsewhere the model has its exact gradients
         with ExitStack() as hooks:
             for i, unit in enumerate(engine.units):
                 for k, layer in enumerate(linear_maps(unit)):

@@ -140,14 +140,18 @@ class ForwardForward(BlockLocal):
     def training_batch(self, engine, batch):
         if self.negatives == "wrong_label":
             wrong = neg.draw_wrong_labels(engine, batch, self.n_classes)
-            positive, negative = self.labelled(batch.x, self.code(batch.y)), self.labelled(batch.x, self.code(wrong))
+            both, code = torch.cat([batch.x, batch.x]), self.code(torch.cat([batch.y, wrong]))
+            if self.label_channel == "overlay":
+                both.flatten(1)[:, : self.n_classes] = code  # in place: the copy is ours
+            else:
+                both = neg.append(both, code)
         else:
             mask = engine.draw("negatives/mask", batch,
                                lambda n, g: neg.blob_masks(n, tuple(batch.x.shape[1:]), g)).to(batch.x)
             # a batch of one sample has no partner: its hybrid is itself and the two gradients cancel
             shift = int(torch.randint(1, max(len(batch), 2), (), generator=engine.generator("negatives/partner")))
-            positive, negative = batch.x, neg.hybrids(batch.x, mask, shift)
-        return replace(batch, x=torch.cat([positive, negative]), y=None, rows=None, total=None)
+            both = torch.cat([batch.x, neg.hybrids(batch.x, mask, shift)])
+        return replace(batch, x=both, y=None, rows=None, total=None)
 
     def block_input(self, i, h):
         if i == 0 and not self.normalise_input:

@@ -1,0 +1,179 @@
+"""A sweep is a parent run; the runs of its jobs are its children, whatever process they ran in."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from onward.errors import TrackingError
+from onward.tracking import note
+from onward.tracking.library import client, load_mlflow
+from onward.tracking.process import identity
+from onward.tracking.reap import reap
+from onward.tracking.run import PARENT_TAG, source_tags
+from onward.tracking.settings import TrackingSettings
+from onward.tracking.store import ensure_experiment, ensure_store, reason, unusable
+
+log = logging.getLogger("onward.tracking")
+
+PARENT_FILE = "mlflow_parent"
+_ROWS = 60
+
+
+@dataclass(frozen=True)
+class Child:
+    """A run of a sweep, as the store knows it."""
+
+    run_id: str
+    name: str
+    status: str
+    reason: str
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def children(settings: TrackingSettings, parent_id: str) -> list[Child]:
+    """The runs of a sweep in the order of their start.
+
+    Raises:
+        TrackingError: the store cannot be read.
+    """
+    store = client(ensure_store(settings))
+    found, token = [], None
+    try:
+        experiments = [e.experiment_id for e in store.search_experiments()]
+        while True:
+            page = store.search_runs(experiments, f"tags.`{PARENT_TAG}` = '{parent_id}'", max_results=1000,
+                                     order_by=["attributes.start_time ASC"], page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                break
+    except load_mlflow().exceptions.MlflowException as error:
+        raise unusable(settings.resolved_uri, reason(error)) from error
+    return [Child(run.info.run_id, run.info.run_name, run.info.status, run.data.tags.get("status_reason", ""),
+                  dict(run.data.metrics), dict(run.data.tags)) for run in found]
+
+
+class Parent:
+    """A sweep's parent run; ``run_id`` is None with tracking off. Closed by :meth:`close`, ``with``, or at exit."""
+
+    def __init__(self, settings: TrackingSettings, run_id: str | None, owned: bool):
+        self.settings, self.run_id = settings, run_id
+        self._open, self._pid = owned, os.getpid()
+        if owned:
+            atexit.register(self.close)
+
+    def __enter__(self) -> Parent:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close(interrupted=isinstance(error, (KeyboardInterrupt, SystemExit)))
+
+    def children(self) -> list[Child]:
+        """The runs of this sweep."""
+        return children(self.settings, self.run_id) if self.run_id else []
+
+    def close(self, interrupted: bool = False) -> str | None:
+        """Close the parent by what its children became, and return its status; only the first call does it.
+
+        FINISHED if every child is; KILLED if the sweep was interrupted; else FAILED, and ``status_reason`` counts.
+        """
+        if not self._open or os.getpid() != self._pid or self.run_id is None:
+            return None
+        self._open = False
+        atexit.unregister(self.close)
+        try:
+            return self._close(client(self.settings.resolved_uri), interrupted)
+        except (load_mlflow().exceptions.MlflowException, TrackingError) as error:
+            log.warning("the sweep's run %s could not be closed: %s", self.run_id, reason(error))
+            return None
+
+    def _close(self, store, interrupted: bool) -> str:
+        entities = load_mlflow().entities
+        reap(store)
+        runs = self.children()
+        counts = Counter(run.status for run in runs)
+        bad = len(runs) - counts["FINISHED"]
+        killed = interrupted or (counts["KILLED"] and not counts["FAILED"])
+        status = "FINISHED" if not bad and not interrupted else "KILLED" if killed else "FAILED"
+        tags = {note.TAG: table(runs)}
+        if status != "FINISHED":
+            said = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+            tags["status_reason"] = f"{bad} of {len(runs)} runs did not finish ({said})"
+        seconds = sum(run.metrics.get("seconds", 0.0) for run in runs)
+        figures = {"sweep/runs": float(len(runs)), "sweep/unfinished": float(bad), "seconds": seconds}
+        at = time.time_ns() // 1_000_000
+        store.log_batch(self.run_id, metrics=[entities.Metric(k, v, at, 0) for k, v in figures.items()],
+                        tags=[entities.RunTag(k, v) for k, v in tags.items()])
+        store.set_terminated(self.run_id, status)
+        return status
+
+
+def parent_run(settings: TrackingSettings, directory: str | Path, name: str,
+               tags: Mapping[str, str] | None = None) -> Parent:
+    """The parent run of the sweep in ``directory``, made by whichever process comes first.
+
+    Its id is written to ``<directory>/mlflow_parent``, so that jobs in other processes find it; only the process
+    that made it closes it.
+
+    Raises:
+        TrackingError: the store cannot be used.
+    """
+    if settings.store != "mlflow":
+        return Parent(settings, None, owned=False)
+    from filelock import FileLock
+
+    uri = ensure_store(settings)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / PARENT_FILE
+    with FileLock(f"{file}.lock"):
+        if file.is_file():
+            return Parent(settings, file.read_text().strip(), owned=False)
+        store = client(uri)
+        all_tags = {**source_tags(), **identity(), "run_dir": str(directory.absolute()), "sweep": "true", **(tags or {})}
+        try:
+            reap(store)
+            run = store.create_run(ensure_experiment(store, settings), tags=all_tags, run_name=name)
+        except load_mlflow().exceptions.MlflowException as error:
+            raise unusable(uri, reason(error)) from error
+        file.write_text(run.info.run_id + "\n")
+    return Parent(settings, run.info.run_id, owned=True)
+
+
+def read_parent(directory: str | Path) -> str | None:
+    """The id of the parent run of the sweep in a directory; None if it has none."""
+    file = Path(directory) / PARENT_FILE
+    return file.read_text().strip() if file.is_file() else None
+
+
+def table(runs: list[Child]) -> str:
+    """Markdown: the sweep's runs, best test figure first, then those that did not finish."""
+    names = {name for run in runs for name in run.metrics if name.startswith("test/") and name.count("/") == 1}
+    metric = "test/accuracy" if "test/accuracy" in names else next(iter(sorted(names - {"test/loss"})), "test/accuracy")
+    largest_first = not metric.endswith(("loss", "error"))
+
+    def order(run: Child) -> tuple[bool, float]:
+        value = run.metrics.get(metric)
+        return (value is None, 0.0 if value is None else -value if largest_first else value)
+
+    what = metric.removeprefix("test/")
+    lines = [f"| run | test {what} | seconds | status |", "|---|---|---|---|"]
+    for run in sorted(runs, key=order)[:_ROWS]:
+        value, seconds = run.metrics.get(metric), run.metrics.get("seconds")
+        status = run.status if run.status == "FINISHED" or not run.reason else f"{run.status}: {run.reason[:80]}"
+        lines.append(f"| {run.name} | {'' if value is None else note.score(what, value)} | "
+                     f"{'' if seconds is None else f'{seconds:.1f}'} | {' '.join(status.replace('|', '/').split())} |")
+    if len(runs) > _ROWS:
+        lines.append(f"| and {len(runs) - _ROWS} more | | | |")
+    return "\n".join(lines)
+
