@@ -19,12 +19,16 @@ from onward.tracking.store import ensure_store, reason, sqlite_path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--uri", help="the store (default: outputs/mlflow.db)")
-    parser.add_argument("--upload", type=Path, metavar="RUN_DIRECTORY", help="send what this run kept on disk")
+    parser.add_argument("--upload", type=Path, metavar="RUN_DIRECTORY",
+                        help="send what this run kept on disk")
     options = parser.parse_args(arguments)
     try:
-        return send(options.upload) if options.upload else close(TrackingSettings(output_root(), uri=options.uri))
+        if options.upload:
+            return send(options.upload)
+        return close(TrackingSettings(output_root(), uri=options.uri))
     except OnwardError as error:
         print(error, file=sys.stderr)
         return 1
@@ -34,7 +38,8 @@ def send(directory: Path) -> int:
     """Upload a run's kept operations and say what became of it."""
     kept = sorted(directory.glob("pending*.jsonl"))
     run = upload(directory.resolve())
-    print(f"{run.name} ({run.run_id}): " + (f"uploaded, {run.status}" if kept else "nothing was left to upload"))
+    done = f"uploaded, {run.status}" if kept else "nothing was left to upload"
+    print(f"{run.name} ({run.run_id}): {done}")
     return 0
 
 
@@ -51,7 +56,8 @@ def close(settings: TrackingSettings) -> int:
         raise TrackingError(f"{settings.resolved_uri}: {reason(error)}") from error
     for run in closed:
         print(f"{run.status:<8} {run.name} ({run.run_id})")
-    print(f"{len(closed)} closed" if closed else "every run that is RUNNING has a living process, or another machine's")
+    none = "every run that is RUNNING has a living process, or one on another machine"
+    print(f"{len(closed)} closed" if closed else none)
     return 0
 
 

@@ -57,7 +57,7 @@ def read(folder: Path) -> tuple[dict[str, float], list[tuple[int, float]]]:
     last: dict[str, float] = {}
     curve = []
     for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)["values"]
+        values = json.loads(line)["metrics"]
         last |= values
         if "epoch" in values and "val/accuracy" in values:
             curve.append((int(values["epoch"]), values["val/accuracy"]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from onward.compose import output_root
 from onward.errors import OnwardError
@@ -15,7 +16,8 @@ from onward.tracking.ui import run_ui
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default 5000)")
     parser.add_argument("--uri", help="the store (default: outputs/mlflow.db)")
     options = parser.parse_args(arguments)
@@ -26,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{uri} is a server with a UI of its own: open that address")
             return 0
         log_file = settings.outputs / "ui.log" if settings.outputs.is_dir() else None
-        return run_ui(uri, options.port, lambda line: print(line, flush=True), log_file, settings.artifact_root)
+        say = partial(print, flush=True)
+        return run_ui(uri, options.port, say, log_file, settings.artifact_root)
     except OnwardError as error:
         print(error, file=sys.stderr)
         return 1

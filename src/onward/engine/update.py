@@ -42,7 +42,9 @@ class UpdateChain:
             self.optimizers = {name: optimizer(params) for name, params in self.groups.items()}
         elif self.groups:
             self.optimizers = {"all": optimizer([{"params": p} for p in self.groups.values()])}
-        self._base_lr = {id(g): g["lr"] for o in self.optimizers.values() for g in o.param_groups}
+        for made in self.optimizers.values():
+            for group in made.param_groups:
+                group["initial_lr"] = group["lr"]
         self._last = True
         self._dirty = False
         self._factor = 1.0
@@ -55,7 +57,7 @@ class UpdateChain:
         factor = self._factor = self.schedule(step, self.total_steps)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = self._base_lr[id(group)] * factor
+                group["lr"] = group["initial_lr"] * factor
 
     def take(self, name: str, grads: Sequence[Tensor | None]) -> None:
         """Accept one group's gradients (None: that parameter stays); write at once if eager."""
@@ -129,8 +131,8 @@ class UpdateChain:
 
     def load_state_dict(self, state: dict) -> None:
         for name, optimizer in self.optimizers.items():
-            base = [self._base_lr[id(g)] for g in optimizer.param_groups]
+            base = [g["initial_lr"] for g in optimizer.param_groups]
             optimizer.load_state_dict(state[name])
-            # load_state_dict makes new group dicts that carry the scheduled rate: restore the base rate
+            # load_state_dict makes new group dicts that carry the checkpoint's rates: this run's config decides
             for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = self._base_lr[id(group)] = lr
+                group["lr"] = group["initial_lr"] = lr

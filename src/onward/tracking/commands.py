@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def script(name: str, *arguments: str) -> str:
-    """The command that runs one of the project's scripts from here, in a checkout or from the installed package."""
+    """The command that runs one of the project's scripts, in a checkout or from the installed package."""
     file = Path(__file__).resolve().parents[3] / "scripts" / f"{name}.py"
     if not file.is_file():
         return shlex.join(["python", "-m", f"onward.scripts.{name}", *arguments])

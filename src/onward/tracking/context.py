@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DIFF_BYTES = 200_000
+_VARIABLES = ("OMP_", "MKL_", "ONWARD_")
 
 
 @lru_cache(maxsize=1)
@@ -25,8 +26,8 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads() if torch else None,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "MKL_", "ONWARD_"))},
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch else 0)],
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
         "packages": dict(sorted({d.metadata["Name"]: d.version for d in distributions()}.items(),
                                 key=lambda item: item[0].lower())),
     }
@@ -42,7 +43,7 @@ def _cpu() -> str:
 
 @lru_cache(maxsize=1)
 def git_state() -> dict[str, Any]:
-    """``sha``, ``branch``, ``dirty`` and ``diff`` (against HEAD, if small) of the source tree; empty outside git."""
+    """``sha``, ``branch``, ``dirty``, ``changed`` and ``diff`` of the source tree; empty outside git."""
     root = Path(__file__).resolve().parents[3]
     sha = _git(root, "rev-parse", "HEAD")
     if not (root / ".git").exists() or sha is None:
@@ -57,7 +58,7 @@ def git_state() -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10,
-                              check=True, errors="replace")
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True,
+                              timeout=10, check=True, errors="replace")
         return done.stdout.rstrip("\n")
     return None

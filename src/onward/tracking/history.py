@@ -31,7 +31,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[Record, int]]:
-    """Records from a byte offset on, each with the offset behind it; an unfinished last line is left alone."""
+    """Records from a byte offset on, each with the offset behind it; an unfinished last line waits."""
     if not path.is_file():
         return
     with path.open("rb") as file:

@@ -33,7 +33,7 @@ def load_mlflow():
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # An outage is reported once, in words, by the sender; these two print a stack trace or a line per attempt.
+    # An outage is reported once, in words, by the sender; these two print a trace or a line per attempt.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     return mlflow

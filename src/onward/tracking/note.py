@@ -26,7 +26,7 @@ def describe(tags: Mapping[str, str], params: Mapping[str, str], latest: Mapping
     rows += _cost(latest)
     if status != "FINISHED":
         rows.append(("status", f"**{status}**" + (f": {reason}" if reason else "")))
-    lines = ["| | |", "|---|---|", *(f"| {label} | {_cell(value)} |" for label, value in rows)]
+    lines = ["| | |", "|---|---|", *(f"| {label} | {cell(value)} |" for label, value in rows)]
     if "command" in tags:
         lines += ["", "Again:", "", "```", tags["command"], "```"]
     return "\n".join(lines)[:_LIMIT]
@@ -87,5 +87,6 @@ def _count(text: str) -> str:
     return f"{int(text):,}" if text.isdigit() else text
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A text on one line that does not end a cell of a markdown table."""
     return " ".join(text.replace("|", "\\|").split())

@@ -20,8 +20,8 @@ _LABELLED = 6
 def draw(series: Series, folder: Path, title: str) -> list[Path]:
     """Draw every curve with two points or more, and return the files.
 
-    ``<metric>.png`` shows training and validation of a metric, ``block-<metric>.png`` one curve per block. Points
-    that are not finite are left out.
+    ``<metric>.png`` shows training and validation of a metric, ``block-<metric>.png`` one curve per block.
+    Points that are not finite are left out.
     """
     finite = {name: {s: v for s, v in points.items() if math.isfinite(v)} for name, points in series.items()}
     curves = {name: points for name, points in finite.items() if len(points) >= 2}
@@ -55,7 +55,7 @@ def _by_block(curves: Series) -> dict[str, dict[int, Mapping[int, float]]]:
 
 
 def _learning_curve(metric: str, splits: Mapping[str, Mapping[int, float]], path: Path, title: str) -> Path:
-    figure, axes = _canvas(title, _words(metric))
+    figure, axes = _canvas(title + ("   ○ best validation" if "val" in splits else ""), _words(metric))
     percent = metric.endswith("accuracy")
     scale = 100.0 if percent else 1.0
     ends = []
@@ -71,10 +71,11 @@ def _learning_curve(metric: str, splits: Mapping[str, Mapping[int, float]], path
         _mark_best(axes, metric, splits["val"], scale)
     if "test" in splits:
         step, value = list(splits["test"].items())[-1]
-        axes.plot([step], [scale * value], marker="D", markersize=6, color=_SPLITS["test"], linestyle="none", zorder=5)
+        axes.plot([step], [scale * value], marker="D", markersize=6, color=_SPLITS["test"],
+                  linestyle="none", zorder=5)
         ends.append((step, scale * value, f"test {_number(scale * value, percent)}", _SPLITS["test"]))
-    _label_ends(axes, ends)
     _finish(axes, percent, [v for points in splits.values() for v in points.values()])
+    _label_ends(axes, ends)
     return _save(figure, path)
 
 
@@ -93,16 +94,17 @@ def _block_curves(metric: str, blocks: Mapping[int, Mapping[int, float]], path: 
     scale = 100.0 if percent else 1.0
     colors = matplotlib.colormaps["viridis"]
     order = list(blocks)
-    named = set(order) if len(order) <= _LABELLED else {order[round(i * (len(order) - 1) / 4)] for i in range(5)}
+    few = len(order) <= _LABELLED
+    named = set(order) if few else {order[round(i * (len(order) - 1) / 4)] for i in range(5)}
     ends = []
     for position, (block, values) in enumerate(blocks.items()):
-        color = colors(0.08 + 0.8 * position / max(1, len(blocks) - 1))
+        color = colors(0.05 + 0.7 * position / max(1, len(blocks) - 1))
         shown = [scale * v for v in values.values()]
         axes.plot(list(values), shown, color=color, linewidth=1.7, solid_capstyle="round", zorder=3)
         if block in named:
             ends.append((list(values)[-1], shown[-1], f"block {block}  {_number(shown[-1], percent)}", color))
-    _label_ends(axes, ends)
     _finish(axes, percent, [v for points in blocks.values() for v in points.values()])
+    _label_ends(axes, ends)
     return _save(figure, path)
 
 
@@ -113,7 +115,8 @@ def _canvas(title: str, subtitle: str) -> tuple[Any, Any]:
     figure = Figure(figsize=(7.2, 4.2), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.09, 0.13, 0.68, 0.70))
-    figure.text(0.09, 0.935, subtitle[:1].upper() + subtitle[1:], fontsize=13, color=_INK, weight="bold", va="center")
+    heading = subtitle[:1].upper() + subtitle[1:]
+    figure.text(0.09, 0.935, heading, fontsize=13, color=_INK, weight="bold", va="center")
     figure.text(0.09, 0.878, title, fontsize=9, color=_SOFT, va="center")
     return figure, axes
 
@@ -143,10 +146,10 @@ def _finish(axes: Any, percent: bool, values: list[float]) -> None:
 def _label_ends(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
     """Name every curve at its right end, moved apart where they would overlap; no legend to look up."""
     axes.figure.canvas.draw()
-    axes.autoscale_view()
     height = 15.0 * axes.figure.dpi / 100
     to_pixels, box = axes.transData, axes.get_window_extent()
-    placed = sorted(((to_pixels.transform((x, y))[1], text, color) for x, y, text, color in ends), key=lambda e: e[0])
+    placed = sorted(((to_pixels.transform((x, y))[1], text, color) for x, y, text, color in ends),
+                    key=lambda entry: entry[0])
     heights: list[float] = []
     for wanted, _, _ in placed:
         heights.append(max(wanted, heights[-1] + height) if heights else wanted)
@@ -155,8 +158,8 @@ def _label_ends(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
         limit = heights[index] - overflow if index == len(heights) - 1 else heights[index + 1] - height
         heights[index] = min(heights[index], limit)
     for (_, text, color), y in zip(placed, heights, strict=True):
-        axes.annotate(text, (1.02, (y - box.y0) / box.height), xycoords="axes fraction", va="center", fontsize=8.5,
-                      color=color, annotation_clip=False)
+        axes.annotate(text, (1.02, (y - box.y0) / box.height), xycoords="axes fraction", va="center",
+                      fontsize=8.5, color=color, annotation_clip=False)
 
 
 def _number(value: float, percent: bool) -> str:

@@ -27,8 +27,8 @@ class Terminated(SystemExit):
 def process_start(pid: int) -> str:
     """When a process started, as a text that no other process of this machine and boot shares.
 
-    On Linux ``boot/namespace/ticks``, else what ``ps`` prints; empty when there is no such process or no way to
-    know. A pid alone is not enough: it is used again.
+    On Linux ``boot/namespace/ticks``, else what ``ps`` prints; empty when there is no such process or no way
+    to know. A pid alone is not enough: it is used again.
     """
     if (_PROC / "self" / "stat").exists():
         with contextlib.suppress(OSError, IndexError):
@@ -38,7 +38,8 @@ def process_start(pid: int) -> str:
             return f"{_machine()}/{fields[19]}"
         return _UNKNOWN
     with contextlib.suppress(OSError):
-        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        command = ["ps", "-o", "lstart=", "-p", str(pid)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip()
     return _UNKNOWN
 
@@ -69,10 +70,10 @@ def is_dead(tags: Mapping[str, str]) -> bool:
 
 
 class Signals:
-    """While entered, SIGINT raises KeyboardInterrupt and SIGTERM and SIGHUP raise Terminated, and are remembered.
+    """SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise Terminated, and all are remembered.
 
     Whoever catches these exceptions on the way cannot hide them: ``received`` says what came. Handlers are
-    installed in the main thread only, ignored signals stay ignored, and what was installed before is restored.
+    installed in the main thread only, ignored signals stay ignored, and what was there before is restored.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP")

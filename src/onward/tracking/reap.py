@@ -84,7 +84,7 @@ def upload(directory: Path) -> Closed:
         raise ConfigError("--upload", str(directory), "the directory of a run, with run.json in it")
     state = json.loads(state_file.read_text())
     if state["uri"] is None:
-        raise ConfigError("--upload", str(directory), "a run with a store; this one was made with tracking=off")
+        raise ConfigError("--upload", str(directory), "a run with a store; this one had tracking=off")
     try:
         final = _upload_pending(client(state["uri"]), state["run_id"], directory)
     except (OSError, load_mlflow().exceptions.MlflowException) as error:

@@ -48,16 +48,16 @@ class Run:
     """A context manager around everything from instantiation to test.
 
     ``with Run.start(...) as run`` ends as FINISHED, as FAILED (an exception; ``traceback.txt`` and the tag
-    ``status_reason`` say which, and ``diverged=true`` marks :class:`onward.errors.Diverged`) or as KILLED (Ctrl-C,
-    SIGTERM, SIGHUP). The exception goes on to the caller: ``KeyboardInterrupt``, or :class:`Terminated` with exit
-    code 128 + signal. A process that is killed outright leaves RUNNING behind, which the next start or
-    ``scripts/reap.py`` closes.
+    ``status_reason`` say which, and ``diverged=true`` marks :class:`onward.errors.Diverged`) or as KILLED
+    (Ctrl-C, SIGTERM, SIGHUP). The exception goes on to the caller: ``KeyboardInterrupt``, or
+    :class:`Terminated` with exit code 128 + signal. A process that is killed outright leaves RUNNING behind,
+    which the next start or ``scripts/reap.py`` closes.
 
-    Metrics go to ``<directory>/metrics.jsonl`` and, in one batch per ``interval``, to the store, from a background
-    thread. While the store is out they are kept in ``<directory>/pending.jsonl``.
+    Metrics go to ``<directory>/metrics.jsonl`` and, in one batch per ``interval``, to the store, from a
+    background thread. While the store is out they are kept in ``<directory>/pending.jsonl``.
 
-    A run may be used in a forked process (data-parallel workers): it then has its own connection, sends what is
-    logged there, and leaves the status to the process that entered it.
+    A run may be used in a forked process (data-parallel workers): it then has its own connection, sends what
+    is logged there, and leaves the status to the process that entered it.
     """
 
     def __init__(self, settings: TrackingSettings, *, name: str, directory: Path, tags: Mapping[str, Any],
@@ -92,7 +92,8 @@ class Run:
             settings: where it is recorded.
             name: shown in the UI, see :func:`onward.tracking.note.run_name`.
             directory: of the run's files; made if needed.
-            tags: for grouping; ``algo, model, data, seed, hardware, readout, command`` also make its description.
+            tags: for grouping; ``algo, model, data, seed, hardware, readout, command`` also make its
+                description.
             params: shown as columns; at most 100, of 6000 characters, the rest is cut visibly.
             run_id: of a run to be continued.
             parent_id: of the sweep's run, see :mod:`onward.tracking.sweep`.
@@ -122,7 +123,8 @@ class Run:
             with (self.directory / history.METRICS_FILE).open("a"):
                 pass
         except OSError as error:
-            raise TrackingError(f"the run's directory {self.directory} cannot be written: {error.strerror}") from error
+            why = error.strerror
+            raise TrackingError(f"the run's directory {self.directory} cannot be written: {why}") from error
         self._tags |= {**identity(), "run_dir": str(self.directory)}
         if self.settings.store == "mlflow":
             self._register()
@@ -166,8 +168,8 @@ class Run:
             raise TrackingError(f"run {self.run_id!r} is not in {self.settings.resolved_uri}: "
                                 f"{reason(error)}") from error
         if old.info.status == "RUNNING" and not is_dead(old.data.tags):
-            raise TrackingError(f"run {self.run_id!r} is still running, as process {old.data.tags.get('pid')} "
-                                f"on {old.data.tags.get('host')}: it cannot be resumed")
+            where = f"process {old.data.tags.get('pid')} on {old.data.tags.get('host')}"
+            raise TrackingError(f"run {self.run_id!r} is still running, as {where}: it cannot be resumed")
         new = {k: v for k, v in shown.items() if k not in old.data.params}
         drift = {f"param_drift.{k}": f"{old.data.params[k]} -> {v}" for k, v in shown.items()
                  if k in old.data.params and old.data.params[k] != v}
@@ -175,7 +177,7 @@ class Run:
         self._tags |= {**drift, "resumed": str(times), "status_reason": "resumed"}
         if "diverged" in old.data.tags:
             self._tags["diverged"] = "false"
-        # The tags first: a run that is RUNNING with a dead process's pid would be reaped by whoever starts now.
+        # The tags first: a run that is RUNNING with a dead process's pid would be reaped by whoever starts.
         store.log_batch(self.run_id, params=[entities.Param(k, v) for k, v in new.items()],
                         tags=[entities.RunTag(k, v) for k, v in _shown_tags(self._tags).items()])
         store.update_run(self.run_id, status="RUNNING")
@@ -231,11 +233,12 @@ class Run:
                 self.artifact(file)
         self._put(sender.status(self.status, _now()))
         if not self._sender.close(self.settings.grace):
-            log.warning("the tracking store is out: what it lacks of this run is on disk. When it is back:\n  %s",
+            log.warning("the tracking store is out: what it lacks is on disk. When it is back:\n  %s",
                         commands.script("reap", "--upload", str(self.directory)))
 
     def _save_state(self, why: str | None = None) -> None:
-        state = {"run_id": self.run_id, "name": self.name, "uri": self._uri, "status": self.status, "reason": why}
+        state = {"run_id": self.run_id, "name": self.name, "uri": self._uri, "status": self.status,
+                 "reason": why}
         temporary = self.directory / f".{STATE_FILE}.tmp"
         temporary.write_text(json.dumps(state, indent=1, ensure_ascii=False) + "\n")
         temporary.replace(self.directory / STATE_FILE)
@@ -246,8 +249,8 @@ class Run:
         """Buffer metrics of a step: numbers or tensors without dimensions.
 
         A tensor is read only when the buffer is flushed, so logging never waits for a device; it must not be
-        changed in place until then. inf and nan are kept in ``metrics.jsonl``, stored as nan, and named by a tag
-        ``non_finite.<metric>``.
+        changed in place until then. inf and nan are kept in ``metrics.jsonl``, stored as nan, and named by a
+        tag ``non_finite.<metric>``.
 
         Raises:
             ValueError: a value with dimensions.
@@ -263,7 +266,7 @@ class Run:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is buffered to ``metrics.jsonl`` and hand it to the sender; never waits for the store."""
+        """Write the buffer to ``metrics.jsonl`` and hand it to the sender; never waits for the store."""
         self._settle()
         self._next_flush = time.monotonic() + self.settings.interval
         if self._uri is None:
@@ -347,7 +350,8 @@ class Run:
         from onward.tracking.plots import draw
 
         self._settle()
-        files = draw(history.series(self.directory / history.METRICS_FILE), self.directory / "plots", self.name)
+        series = history.series(self.directory / history.METRICS_FILE)
+        files = draw(series, self.directory / "plots", self.name)
         for file in files:
             self.artifact(file, "plots")
         return files
@@ -372,7 +376,7 @@ class Run:
         return partial(_send, self._uri, self.run_id)
 
     def _at_home(self) -> None:
-        """On first use in a forked process, leave the parent's buffer to the parent and open our own connection."""
+        """On first use in a forked process: leave the parent its buffer, open a connection of our own."""
         if os.getpid() in (self._pid, self._child):
             return
         self._child = os.getpid()
@@ -418,7 +422,8 @@ def _verdict(error: BaseException | None, signum: int | None) -> tuple[str, str]
     if signum is not None or isinstance(error, (KeyboardInterrupt, Terminated)):
         if signum is None:
             signum = error.signum if isinstance(error, Terminated) else 2
-        return "KILLED", {2: "interrupted (SIGINT)", 15: "terminated (SIGTERM)"}.get(signum, f"signal {signum}")
+        words = {2: "interrupted (SIGINT)", 15: "terminated (SIGTERM)"}
+        return "KILLED", words.get(signum, f"signal {signum}")
     if type(error).__name__ == "SIGTERMException":
         return "KILLED", "terminated (SIGTERM)"
     if error is None or (isinstance(error, SystemExit) and not error.code):
@@ -428,7 +433,7 @@ def _verdict(error: BaseException | None, signum: int | None) -> tuple[str, str]
 
 
 def _shown_params(params: Mapping[str, str], tags: dict[str, str]) -> dict[str, str]:
-    """Params as MLflow takes them; what had to be cut says so, in the value or in the tag ``params_left_out``."""
+    """Params as MLflow takes them; what is cut says so, in the value or in the tag ``params_left_out``."""
     shown = {}
     for key, value in params.items():
         if len(value) > PARAM_CHARACTERS:

@@ -66,7 +66,8 @@ def apply(client: MlflowClient, run_id: str, operation: Operation) -> None:
     try:
         if operation["do"] == "batch":
             metrics = [Metric(name, float(value), at, step) for name, value, at, step in operation["metrics"]]
-            client.log_batch(run_id, metrics=metrics, tags=[RunTag(k, v) for k, v in operation["tags"].items()])
+            tags = [RunTag(key, value) for key, value in operation["tags"].items()]
+            client.log_batch(run_id, metrics=metrics, tags=tags)
         elif operation["do"] == "artifact":
             if not Path(operation["path"]).is_file():
                 raise Rejected(f"{operation['path']} is gone")
@@ -170,7 +171,7 @@ class Sender:
         with self._changed:
             self.failures += 1
             if not self._kept:
-                log.warning("the tracking store does not answer (%s): the run goes on, its metrics are kept in %s",
+                log.warning("the tracking store is out (%s): the run goes on, its metrics are kept in %s",
                             error, self._pending)
                 self._keep(self._queue)
             last = self._closing

@@ -23,7 +23,8 @@ class TrackingSettings:
         store: ``mlflow``, or ``none`` for files in the run's own directory only.
         uri: ``sqlite:///<path>``, ``http(s)://host:port`` or another database URI of MLflow; None is
             ``sqlite:///<outputs>/mlflow.db``.
-        artifacts: folder or URI of artifacts; None is ``<outputs>/artifacts`` for SQLite, else the server's choice.
+        artifacts: folder or URI of artifacts; None is ``<outputs>/artifacts`` for SQLite, else what the
+            server says.
         experiment: name of the MLflow experiment.
         interval: seconds between two uploads of buffered metrics.
         journal: SQLite's journal; ``wal`` for local disks, ``delete`` for network disks.
@@ -82,7 +83,9 @@ class TrackingSettings:
     def artifact_root(self) -> str | None:
         """Where a new experiment keeps artifacts; None leaves it to the server."""
         if self.artifacts is not None:
-            return self.artifacts if "://" in self.artifacts else str(Path(self.artifacts).expanduser().absolute())
+            if "://" in self.artifacts:
+                return self.artifacts
+            return str(Path(self.artifacts).expanduser().absolute())
         return str(self.outputs / "artifacts") if self.resolved_uri.startswith("sqlite:") else None
 
 

@@ -121,7 +121,7 @@ def reason(error: Exception) -> str:
             text = str(cause) or type(cause).__name__
     for pattern, plain in ((r"Connection refused", "connection refused; is the server running?"),
                            (r"(Read timed out|ConnectTimeout|timed out)", "no answer in time"),
-                           (r"(Name or service not known|NameResolutionError|getaddrinfo)", "unknown host name"),
+                           (r"(Name or service not known|NameResolution|getaddrinfo)", "unknown host name"),
                            (r"database or disk is full", "the disk is full"),
                            (r"readonly database", "the database is read-only")):
         if re.search(pattern, text):
@@ -143,7 +143,8 @@ def _ensure_sqlite(uri: str, settings: TrackingSettings) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if free < _NEEDED_BYTES:
-            raise unusable(uri, f"the disk is full ({free / 2**20:.0f} MiB free, {_NEEDED_BYTES >> 20} needed)")
+            room = f"{free / 2**20:.0f} MiB free, {_NEEDED_BYTES >> 20} needed"
+            raise unusable(uri, f"the disk is full ({room})")
         if not (path.is_file() and (os.getpid(), uri) in _tuned):  # else this process has checked it before
             with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
                 _create_or_migrate(uri, path, settings)
@@ -235,8 +236,9 @@ def _create_with_mlflow(path: Path) -> None:
 def _migrate(uri: str, path: Path, found: str) -> None:
     backup = path.with_name(f"{path.name}.{found}.bak")
     log.info("upgrading %s to the schema of MLflow %s; backup in %s", path, version("mlflow"), backup)
-    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(backup)) as copy:
-        source.backup(copy)
+    with contextlib.closing(sqlite3.connect(path)) as old, \
+            contextlib.closing(sqlite3.connect(backup)) as copy:
+        old.backup(copy)
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
     done = subprocess.run(command, env=quiet_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -257,7 +259,7 @@ def _set_journal(path: Path, journal: str) -> None:
 
 
 def _tune_connections(uri: str, settings: TrackingSettings) -> None:
-    """``synchronous = NORMAL`` for this process's connections: in WAL mode safe against a crash of the process."""
+    """``synchronous = NORMAL`` for this process's connections: with WAL, safe when the process dies."""
     if (os.getpid(), uri) in _tuned:
         return
     store = _open(uri)

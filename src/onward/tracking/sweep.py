@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ def children(settings: TrackingSettings, parent_id: str) -> list[Child]:
 
 
 class Parent:
-    """A sweep's parent run; ``run_id`` is None with tracking off. Closed by :meth:`close`, ``with``, or at exit."""
+    """A sweep's parent run (``run_id`` is None with tracking off), closed by ``with`` or at exit."""
 
     def __init__(self, settings: TrackingSettings, run_id: str | None, owned: bool):
         self.settings, self.run_id = settings, run_id
@@ -85,7 +86,7 @@ class Parent:
     def close(self, interrupted: bool = False) -> str | None:
         """Close the parent by what its children became, and return its status; only the first call does it.
 
-        FINISHED if every child is; KILLED if the sweep was interrupted; else FAILED, and ``status_reason`` counts.
+        FINISHED if every child is, KILLED if the sweep was interrupted, else FAILED with a ``status_reason``.
         """
         if not self._open or os.getpid() != self._pid or self.run_id is None:
             return None
@@ -122,8 +123,8 @@ def parent_run(settings: TrackingSettings, directory: str | Path, name: str,
                tags: Mapping[str, str] | None = None) -> Parent:
     """The parent run of the sweep in ``directory``, made by whichever process comes first.
 
-    Its id is written to ``<directory>/mlflow_parent``, so that jobs in other processes find it; only the process
-    that made it closes it.
+    Its id is written to ``<directory>/mlflow_parent``, so that jobs in other processes find it; only the
+    process that made it closes it.
 
     Raises:
         TrackingError: the store cannot be used.
@@ -140,7 +141,8 @@ def parent_run(settings: TrackingSettings, directory: str | Path, name: str,
         if file.is_file():
             return Parent(settings, file.read_text().strip(), owned=False)
         store = client(uri)
-        all_tags = {**source_tags(), **identity(), "run_dir": str(directory.absolute()), "sweep": "true", **(tags or {})}
+        all_tags = {**source_tags(), **identity(), "run_dir": str(directory.absolute()), "sweep": "true"}
+        all_tags |= tags or {}
         try:
             reap(store)
             run = store.create_run(ensure_experiment(store, settings), tags=all_tags, run_name=name)
@@ -158,8 +160,8 @@ def read_parent(directory: str | Path) -> str | None:
 
 def table(runs: list[Child]) -> str:
     """Markdown: the sweep's runs, best test figure first, then those that did not finish."""
-    names = {name for run in runs for name in run.metrics if name.startswith("test/") and name.count("/") == 1}
-    metric = "test/accuracy" if "test/accuracy" in names else next(iter(sorted(names - {"test/loss"})), "test/accuracy")
+    names = {name for run in runs for name in run.metrics if re.fullmatch("test/[^/]+", name)} - {"test/loss"}
+    metric = "test/accuracy" if "test/accuracy" in names or not names else min(names)
     largest_first = not metric.endswith(("loss", "error"))
 
     def order(run: Child) -> tuple[bool, float]:
@@ -170,9 +172,11 @@ def table(runs: list[Child]) -> str:
     lines = [f"| run | test {what} | seconds | status |", "|---|---|---|---|"]
     for run in sorted(runs, key=order)[:_ROWS]:
         value, seconds = run.metrics.get(metric), run.metrics.get("seconds")
-        status = run.status if run.status == "FINISHED" or not run.reason else f"{run.status}: {run.reason[:80]}"
+        status = run.status
+        if status != "FINISHED" and run.reason:
+            status += f": {run.reason[:80]}"
         lines.append(f"| {run.name} | {'' if value is None else note.score(what, value)} | "
-                     f"{'' if seconds is None else f'{seconds:.1f}'} | {' '.join(status.replace('|', '/').split())} |")
+                     f"{'' if seconds is None else f'{seconds:.1f}'} | {note.cell(status)} |")
     if len(runs) > _ROWS:
         lines.append(f"| and {len(runs) - _ROWS} more | | | |")
     return "\n".join(lines)

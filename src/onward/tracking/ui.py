@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +131,8 @@ def _end(process: subprocess.Popen) -> None:
         return
 
 
-def run_ui(uri: str, port: int, say, log_file: Path | None = None, artifacts: str | None = None) -> int:
+def run_ui(uri: str, port: int, say: Callable[[str], None], log_file: Path | None = None,
+           artifacts: str | None = None) -> int:
     """Serve the UI until Ctrl-C or SIGTERM; ``say`` gets the lines a person reads. Returns the exit code.
 
     Raises:

@@ -6,14 +6,15 @@ import json
 
 SHARE_KEY = "onward"
 SORT_BY = "test/accuracy"
-METRICS = ("test/accuracy", "best/val/accuracy", "seconds", "memory/peak_rss_bytes", "cost/peak_bytes", "cost/flops")
+METRICS = ("test/accuracy", "best/val/accuracy", "seconds", "memory/peak_rss_bytes", "cost/peak_bytes",
+           "cost/flops")
 PARAMS = ("algo", "model", "data", "seed")
 TAGS = ("hardware", "readout", "group")
 
 _NOTE = """Runs of **onward**: any rule for training a neural network, on any model, data and hardware.
 
 - The name of a run is *rule · model · data · seed*; a sweep is a parent run with its runs as children.
-- `test/accuracy` comes from the checkpoint that validation selected; the tag `readout` says which readout gave it.
+- `test/accuracy` is of the checkpoint that validation selected; the tag `readout` says how it was read out.
 - Runs with the same tag `group` differ in their seed only.
 """
 

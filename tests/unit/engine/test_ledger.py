@@ -13,7 +13,7 @@ from onward.algo.reference.backprop import Backprop
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
 from onward.engine import Engine
-from onward.engine.ledger import LiveBytes, SavedBytes, step_cost
+from onward.engine.ledger import Flops, LiveBytes, SavedBytes, step_cost
 from onward.model.mlp import mlp
 
 SPEC = DataSpec("random", "flat", (256,), Classification(10), 1, 1, 1)
@@ -79,6 +79,29 @@ def test_saved_bytes_of_backprop_by_formula():
 def test_saved_bytes_of_closed_forms_is_zero():
     for rule in (MonoForward(), ForwardForward()):
         assert step_cost(engine_at(rule, 4), a_random_batch())["saved_bytes"] == 0
+
+
+def test_flops_equal_torchs_counter_on_a_convolution():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    conv, x = torch.nn.Conv2d(3, 8, 3, padding=1), torch.randn(4, 3, 9, 9)
+    with Flops() as ours:
+        conv(x).square().sum().backward()
+    with FlopCounterMode(display=False) as theirs:
+        conv(x).square().sum().backward()
+    assert ours.total == theirs.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet", "transformer", "rnn"])
+def test_cost_of_rules_with_graphs(name):
+    """Blocks without a closed form keep graphs and pull back through autograd while being metered."""
+    from onward.samples import family, model
+
+    spec, batch = family("image")
+    for rule in (Backprop(), MonoForward()):
+        stack = rule.setup(model(name, spec), spec)
+        cost = step_cost(Engine(rule, stack, spec, sgd(1e-3)), batch)
+        assert cost["flops"] > 0 and cost["saved_bytes"] > 0 and cost["peak_bytes"] >= cost["saved_bytes"]
 
 
 def test_flops_by_pencil():

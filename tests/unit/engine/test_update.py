@@ -125,3 +125,15 @@ def test_bad_settings_name_their_key(kwargs, key):
     with pytest.raises(ConfigError) as e:
         make_engine(Backprop(), **kwargs)
     assert e.value.key == key
+
+
+def test_a_copied_engine_keeps_its_schedule():
+    """Probes and audits work on deep copies; the base rate must travel with them."""
+    import copy
+
+    engine = make_engine(Backprop(), schedule=Cosine(), total_steps=10)
+    twin = copy.deepcopy(engine)
+    for e in (engine, twin):
+        e.train_step(a_batch())
+        e.train_step(a_batch())
+    assert torch.equal(weights(engine), weights(twin))

@@ -36,7 +36,7 @@ class DirectFeedbackAlignment(Feedback):
         positions: ``own`` or ``shared``, see above.
     Raises:
         ConfigError: an unknown distribution, normalise, matrices or positions; a scale that is not positive.
-    Source: Nokland 2016, arXiv 1609.01596, eq. 7; ``shared`` and ``width``: Launay et al. 2020,
+    Source: Nøkland 2016, arXiv 1609.01596, section 2; ``shared`` and ``width``: Launay et al. 2020,
     arXiv 2006.12878.
     """
 

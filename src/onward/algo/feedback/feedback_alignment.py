@@ -69,7 +69,8 @@ class FeedbackAlignment(Feedback):
             initial weights.
     Raises:
         ConfigError: an unknown feedback or distribution, a scale that is not positive.
-    Source: Lillicrap, Cownden, Tweed, Akerman 2016, doi 10.1038/ncomms13276, eq. for ``B e``.
+    Source: Lillicrap, Cownden, Tweed, Akerman 2016, doi 10.1038/ncomms13276; for convolutions
+    Sanfiz, Akrout 2021 (BioTorch), arXiv 2108.13446.
     """
 
     info = RuleInfo(
@@ -83,6 +84,7 @@ class FeedbackAlignment(Feedback):
                  r"\Delta W_l = -\eta\, \delta_l^\top h_{l-1}",
         differs="No weight is transported, but later blocks' activation derivatives are, so the audit finds "
                 "it global; feedback has the spread of torch's initial weights instead of a tuned range.",
+        reported="LeNet (BioTorch): 1.7 % test error on MNIST, where backprop has 0.91 %",
     )
 
     def __init__(self, feedback: str = "random", distribution: str = "uniform", scale: float = 1.0):
@@ -101,8 +103,8 @@ class FeedbackAlignment(Feedback):
                 for name, p in module.named_parameters(recurse=False):
                     if p.dim() > 1:
                         return (f"feedback_alignment replaces the transposed weights of linear and "
-                                f"convolutional maps, but block {i} ({type(unit).__name__}) also multiplies by "
-                                f"its own {name!r}, for which no feedback is defined.")
+                                f"convolutional maps, but block {i} ({type(unit).__name__}) also multiplies "
+                                f"by its own {name!r}, for which no feedback is defined.")
         return None
 
     def setup(self, model: Stack, spec):

@@ -45,7 +45,7 @@ class Pepita(Feedback):
     Raises:
         ConfigError: an unknown distribution, factor, output_error or initial_weights, a scale that is not
             positive.
-    Source: Dellaferrera, Kreiman 2022, arXiv 2201.11665, algorithm 1; limit: Srinivasan et al. 2024,
+    Source: Dellaferrera, Kreiman 2022, arXiv 2201.11665; limit: Srinivasan et al. 2024,
     arXiv 2302.05440.
     """
 

@@ -104,7 +104,7 @@ class SoftHebb(Plasticity):
     # What blocks are given may be standardised by the rule, so the stack alone is not the network.
     end_to_end = False
 
-    def __init__(self, plasticity_rate: float | Sequence[float] = 0.01,
+    def __init__(self, plasticity_rate: float | Sequence[float] = 0.1,
                  inverse_temperature: float | Sequence[float] = 1.0, losers: str = "anti_hebbian",
                  adaptive_power: float = 0.5, radius: float | None = 25.0, activation: str = "triangle",
                  power: float | Sequence[float] = 1.0, input_norm: str = "batch",
