@@ -9,7 +9,7 @@ JOBS   ?= 2
 ARGS   ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # One thread per process: on nets this small more threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -47,6 +47,7 @@ clean:
 $(VENV)/.runs: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("onward needs Python 3.11 or newer; make PYTHON=python3.12 chooses one" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned packages into $(VENV), torch first (a few minutes once)"
 	$(PIP) torch==2.13.0 $$($(BIN)/python -m pip config list | grep -q find-links || \
 	    echo --extra-index-url https://download.pytorch.org/whl/cpu)
 	$(PIP) hatchling

@@ -35,6 +35,7 @@ from onward.report import run_table
 from onward.seeds import derive
 from onward.tracking.note import run_name
 from onward.tracking.run import Run, TrackingSettings
+from onward.tracking.sweep import parent_run
 
 log = logging.getLogger("onward")
 
@@ -120,6 +121,8 @@ def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_
                    tags=tags(cfg, choices, overrides, parts), run_id=resumed.run_id if resumed else None,
                    parent_id=parent_id) as run:
         save_config(run, cfg, choices, overrides)
+        log.info("%s: %s parameters, at most %s updates, %s", name,
+                 f"{sum(p.numel() for p in parts.model.parameters()):,}", f"{parts.total_steps:,}", run_dir)
         return fit(cfg, parts, run, run_dir, choices, {**identity, "run_id": run.run_id},
                    resumed.checkpoint if resumed else None)
 
@@ -192,11 +195,11 @@ def profiled(folder: str | None, run_dir: Path) -> Iterator[None]:
 @contextmanager
 def sweep(cfg: DictConfig, overrides: list[str], directory: Path) -> Iterator[str | None]:
     """The parent run of a multirun; closed with the true status of its children."""
-    from onward.tracking.sweep import parent_run
-
     settings = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
-    with parent_run(settings, directory=directory, name=f"sweep · {' '.join(overrides)}") as parent_id:
-        yield parent_id
+    asked = [word for word in overrides if not word.startswith("hydra.")]
+    directory.mkdir(parents=True, exist_ok=True)
+    with parent_run(settings, directory, f"sweep · {' '.join(asked)}") as parent:
+        yield parent.run_id
 
 
 class RankedLoader:

@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-    except Terminated:
-        say("terminated")
-        return TERMINATED
     except SystemExit as error:
+        if error.code == TERMINATED:
+            say("terminated")
+            return TERMINATED
         # Lightning turns Ctrl-C into exit code 1
         if isinstance(error.__context__, KeyboardInterrupt):
             say("interrupted")

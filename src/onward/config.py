@@ -62,6 +62,9 @@ class TrainerSettings:
         for name, unit in counts.items():
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name}", getattr(self, name), f"a positive number of {unit}")
+        if self.validate_every > self.max_epochs:
+            raise ConfigError("trainer.validate_every", self.validate_every,
+                              f"at most trainer.max_epochs ({self.max_epochs}): a run is selected by validation")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError("trainer.max_steps", self.max_steps,
                               "a positive number of batches, or -1 for as many as max_epochs gives")

@@ -83,7 +83,8 @@ def test_slope_is_the_directional_derivative_of_the_whole_net(name, layout, chan
     v = drawn(oracle, "0")
     by_gradient = flat(exact_gradient(engine, batch)) @ flat(v)
 
-    net = replace_all_batch_norm_modules_(copy.deepcopy(engine.model))  # torch.func allows no running statistics
+    # torch.func allows no running statistics
+    net = replace_all_batch_norm_modules_(copy.deepcopy(engine.model))
     params = dict(net.named_parameters())
     assert [id(p) for p in engine.model.parameters()] == [id(p) for p in parameters(engine)]
 
@@ -168,7 +169,8 @@ def test_variance_falls_with_the_number_of_directions():
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 def test_activity_perturbation_is_unbiased_with_its_variance(distribution):
     """With a = dL/dh of one sample and D = (|x|^2 + 1) act'(z)^2 of its units, every sample adds the variance
-    ``|a|^2 sum D + 2 sum a^2 D - |g_b|^2`` (normal; Rademacher without the middle term), ``|g_b|^2 = sum a^2 D``."""
+    ``|a|^2 sum D + 2 sum a^2 D - |g_b|^2`` (Rademacher: without the middle term), ``|g_b|^2 = sum a^2 D``.
+    """
     engine, batch = tiny(ForwardGradient("activities", distribution))
     block = len(flat(engine.parameters_of(0)))
     exact = flat(exact_gradient(engine, batch))
@@ -221,9 +223,10 @@ def test_closed_and_dual_forms_take_the_same_step(name, layout, changes, rule):
 
 @torch.no_grad()
 def test_slopes_under_int8_are_those_of_the_straight_through_gradient():
-    numerics = Numerics(weight=Int(8, "channel"), activation=Int(8), perturbation=Int(4, rounding="stochastic"))
+    hw = Hardware("int8", numerics=Numerics(weight=Int(8, "channel"), activation=Int(8),
+                                            perturbation=Int(4, rounding="stochastic")))
     for name, layout in (("mlp", "flat"), ("cnn", "image"), ("transformer", "tokens")):
-        engine, batch = engine_for(name, layout, ForwardGradient(), hardware=Hardware("int8", numerics=numerics))
+        engine, batch = engine_for(name, layout, ForwardGradient(), hardware=hw)
         engine.begin_step()
         oracle = LossOracle(engine, batch, "normal")
         _, slope = oracle.derivative("0")
@@ -285,6 +288,20 @@ def test_dropout_masks_are_the_same_in_every_pass(perturb):
 
 
 @pytest.mark.parametrize("perturb", ["weights", "activities"])
+def test_two_halves_of_a_batch_average_to_the_whole(perturb):
+    """Noise belongs to the position in the global batch, so processes that share a batch share its noise."""
+    def taken(batch):
+        return gradients(make_engine(ForwardGradient(perturb), widths=(12, 9), dtype=torch.float64), batch)
+
+    whole = a_batch(16, torch.float64)
+    halves = [taken(replace(whole, x=whole.x[rows], y=whole.y[rows], rows=rows))
+              for rows in (slice(0, 8), slice(8, 16))]
+    for name, parts in taken(whole).items():
+        for one, two, both in zip(halves[0][name], halves[1][name], parts, strict=True):
+            torch.testing.assert_close((one + two) / 2, both, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("perturb", ["weights", "activities"])
 def test_running_statistics_move_once_a_step(perturb):
     engine, batch = engine_for("cnn", "image", ForwardGradient(perturb, directions=3), {"norm": "batch"})
     plain, _ = engine_for("cnn", "image", ForwardGradient(), {"norm": "batch"})
@@ -308,10 +325,10 @@ def peak(rule, depth: int, **kwargs) -> int:
     return meter.peak
 
 
-@pytest.mark.parametrize("rule", [ForwardGradient(), ForwardGradient("activities")], ids=["weights", "activities"])
+@pytest.mark.parametrize("perturb", ["weights", "activities"])
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "dual"])
-def test_peak_memory_does_not_grow_with_depth(rule, closed):
-    peaks = [peak(rule, depth, closed_forms=closed) for depth in (4, 16, 64)]
+def test_peak_memory_does_not_grow_with_depth(perturb, closed):
+    peaks = [peak(ForwardGradient(perturb), depth, closed_forms=closed) for depth in (4, 16, 64)]
     assert peaks[0] == peaks[1] == peaks[2]
     assert peak(Backprop(), 64) >= 10 * peaks[2]
 

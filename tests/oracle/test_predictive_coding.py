@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from support import a_batch, digits, gradients, make_engine, sgd
-from torch.func import functional_call
 
 from onward.algo.inference.predictive_coding import PredictiveCoding
 from onward.algo.reference.backprop import Backprop
@@ -121,12 +122,14 @@ def test_strict_tends_to_backprop_as_errors_shrink(case):
 
 def test_relaxing_errors_and_relaxing_states_reach_the_same_equilibrium():
     model = mlp(digits()[0], (16, 12, 8), "tanh")
-    found = [gradients(make_engine(PredictiveCoding("strict", n, g, 2.0, how), model, dtype=F64), a_batch(6, F64))
-             for how, n, g in (("errors", 60, 0.5), ("states", 600, 0.3))]
+    rules = [PredictiveCoding("strict", 60, 0.5, 2.0, "errors"),
+             PredictiveCoding("strict", 600, 0.3, 2.0, "states")]
+    found = [gradients(make_engine(r, model, dtype=F64), a_batch(6, F64)) for r in rules]
     assert relative(flat(found[0]), flat(found[1])) < 1e-9
 
 
-@pytest.mark.parametrize(("coordinates", "step"), [("errors", "fixed"), ("states", "fixed"), ("states", "curvature")])
+@pytest.mark.parametrize(("coordinates", "step"),
+                         [("errors", "fixed"), ("states", "fixed"), ("states", "curvature")])
 def test_strict_equilibrium_of_a_linear_net_is_its_closed_form(coordinates, step):
     """mu = W1 x: e_out = s (I + s W2 W2^T)^-1 (W2 mu - y), e_1 = W2^T e_out, v_1 = mu - e_1."""
     s, n = 0.7, 5
@@ -173,7 +176,7 @@ def test_energy_falls_in_every_iteration_and_the_step_is_its_gradient():
             trajectory.append((start, energy(engine, start, batch, scale).item()))
         trajectory.append((states.hidden, energy(engine, states.hidden, batch, scale).item()))
     values = [f for _, f in trajectory]
-    assert all(b < a for a, b in zip(values, values[1:], strict=False))
+    assert all(b < a for a, b in pairwise(values))
     assert values[-1] < 0.97 * values[0]
     before = [v.clone().requires_grad_() for v in trajectory[10][0]]
     slope = torch.autograd.grad(energy(last, before, batch, scale), before)
@@ -183,7 +186,7 @@ def test_energy_falls_in_every_iteration_and_the_step_is_its_gradient():
 
 @pytest.mark.parametrize("case", CASES)
 def test_energy_falls_where_states_at_a_fixed_rate_blow_up(case):
-    """Jacobian norms at initialisation: mlp 0.9, batch-normalised residual units 3-11, attention on tokens 51."""
+    """Jacobian norms at the start: mlp 0.9, batch-normalised residual units 3-11, attention on tokens 51."""
     data, build = CASES[case]
     spec, batch = data()
 
@@ -205,7 +208,8 @@ def test_curvature_rate_is_its_formula():
     e, pull = torch.randn(3, 4, 5, generator=g, dtype=F64), torch.randn(3, 7, generator=g, dtype=F64)
     rate = rule.rate(e, pull, Batch(e))
     for k in range(3):
-        assert rate[k].item() == pytest.approx(0.5 / (1 + (pull[k].norm() / e[k].norm()).item() ** 2), rel=1e-12)
+        curvature = 1 + (pull[k].norm() / e[k].norm()).item() ** 2
+        assert rate[k].item() == pytest.approx(0.5 / curvature, rel=1e-12)
     assert torch.equal(rule.rate(0 * e, 0 * pull, Batch(e)), torch.full((3, 1), 0.5, dtype=F64))
     assert PredictiveCoding(inference_lr=0.5, step="fixed").rate(e, pull, Batch(e)) == 0.5
 
@@ -242,8 +246,9 @@ def test_the_update_is_the_mean_of_single_sample_updates(mode, coordinates, step
 
 
 def test_closed_form_and_autograd_tapes_agree():
-    found = [gradients(make_engine(PredictiveCoding(), widths=(12, 9), dtype=F64, closed_forms=c), a_batch(8, F64))
-             for c in (True, False)]
+    engines = [make_engine(PredictiveCoding(), widths=(12, 9), dtype=F64, closed_forms=c)
+               for c in (True, False)]
+    found = [gradients(e, a_batch(8, F64)) for e in engines]
     assert relative(flat(found[0]), flat(found[1])) < 1e-12
 
 
@@ -261,7 +266,7 @@ def test_running_statistics_move_once_per_batch():
 
 @pytest.mark.parametrize("coordinates", ["errors", "states"])
 def test_cost_of_a_strict_update(coordinates):
-    """A forward pass, then per iteration the readout and the blocks the error has reached, never the first."""
+    """A forward pass, then per iteration the readout and the blocks an error has reached but the first."""
     engine = make_engine(PredictiveCoding("strict", 5, 0.1, 1.0, coordinates), widths=(8, 8, 8))
     engine.train_step(a_batch(4))
     # forward pass 4; iterations 1, 2, 3, 3, 3; updates 4
@@ -289,7 +294,7 @@ def test_a_further_block_costs_strict_one_map_and_fixed_prediction_its_graph():
         return meter.peak
 
     one_map = 64 * 8 * 8 * 8 * 4
-    per_block = {mode: (peak(mode, 12) - peak(mode, 6)) / 6 / one_map for mode in ("strict", "fixed_prediction")}
+    per_block = {m: (peak(m, 12) - peak(m, 6)) / 6 / one_map for m in ("strict", "fixed_prediction")}
     assert per_block["strict"] == pytest.approx(1.0, abs=0.1)
     assert per_block["fixed_prediction"] > 2.9
 
@@ -309,12 +314,14 @@ def test_predict_is_the_plain_forward_pass():
     batch = a_batch(5).unlabelled()
     with engine.inference():
         scores = engine.rule.predict(engine, batch)["readout"]
-    assert torch.equal(scores, functional_call(engine.model, dict(engine.model.named_parameters()), (batch.x,)))
+    with torch.no_grad():
+        assert torch.equal(scores, engine.model(batch.x))
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("mode", "stric"), ("coordinates", "up"), ("step", "line"), ("iterations", 0), ("iterations", 2.5), ("inference_lr", 0.0),
-    ("inference_lr", 1.5), ("error_scale", 0.0), ("error_scale", float("nan")),
+    ("mode", "stric"), ("coordinates", "up"), ("step", "line"), ("iterations", 0),
+    ("iterations", 2.5), ("inference_lr", 0.0), ("inference_lr", 1.5), ("error_scale", 0.0),
+    ("error_scale", float("nan")),
 ])
 def test_bad_arguments_name_their_key(key, value):
     with pytest.raises(ConfigError, match=rf"algo\.{key}"):

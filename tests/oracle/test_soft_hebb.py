@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_dense_update_is_the_formula(losers):
     engine = make_engine(rule, widths=(6,), dtype=F64)
     w = engine.model.blocks[0].linear.weight.detach().clone()
     batch = a_batch(5, F64)
-    expected = scaled_by_loops(rule_by_loops(batch.x.flatten(1), w, 0.7, losers == "anti_hebbian"), w, 0.03, 0.5)
+    d = rule_by_loops(batch.x.flatten(1), w, 0.7, losers == "anti_hebbian")
+    expected = scaled_by_loops(d, w, 0.03, 0.5)
     assert (changes(engine, batch)[0] - expected).abs().max() < 1e-10
 
 
@@ -90,8 +92,9 @@ def test_deeper_blocks_learn_from_the_triangle_of_the_ones_below():
 
 
 def test_one_winner_in_the_limit_of_low_temperature():
-    """t -> infinity: only the winner moves, by Oja's rule for a winner of activity 1: sum over wins (x - u w)."""
-    engine = make_engine(SoftHebb(0.03, 1e6, adaptive_power=0.0, radius=1.5, input_norm="none"), widths=(6,), dtype=F64)
+    """t -> infinity: only the winner moves, by Oja's rule at activity 1: sum over wins (x - u w)."""
+    rule = SoftHebb(0.03, 1e6, adaptive_power=0.0, radius=1.5, input_norm="none")
+    engine = make_engine(rule, widths=(6,), dtype=F64)
     w = engine.model.blocks[0].linear.weight.detach().clone()
     batch = a_batch(20, F64)
     x = batch.x.flatten(1)
@@ -108,7 +111,8 @@ def test_one_winner_in_the_limit_of_low_temperature():
 @pytest.mark.parametrize("radius", [0.3, 5.0])
 def test_norms_of_winners_are_drawn_to_one_from_both_sides(radius):
     """``w . dw = sum q u (1 - |w|^2)`` for q, u >= 0 (positive inputs and weights keep u positive)."""
-    engine = make_engine(SoftHebb(0.1, 1.0, "hebbian", 0.5, radius, input_norm="none"), widths=(4,), dtype=F64)
+    rule = SoftHebb(0.1, 1.0, "hebbian", 0.5, radius, input_norm="none")
+    engine = make_engine(rule, widths=(4,), dtype=F64)
     weight = engine.model.blocks[0].linear.weight
     with torch.no_grad():
         weight.abs_()
@@ -117,7 +121,7 @@ def test_norms_of_winners_are_drawn_to_one_from_both_sides(radius):
         for _ in range(10):
             engine.train_step(a_batch(64, F64))
         away.append((weight.norm(dim=1) - 1).abs().max().item())
-    assert all(b <= a + 1e-3 for a, b in zip(away, away[1:], strict=False))
+    assert all(b <= a + 1e-3 for a, b in pairwise(away))
     assert away[-1] < 0.02 < 0.5 < away[0]
 
 
@@ -235,7 +239,7 @@ def test_triangle_and_the_models_own_activation():
 
 
 def test_standardised_inputs():
-    """Per channel over batch and positions; evaluation uses the running moments; two halves average to the whole."""
+    """Per channel over batch and positions; running moments in evaluation; halves average to the whole."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(6, 3, 4, 4, generator=g, dtype=F64) * 2 + 5
     layer = Standardise(3, 1).double()
@@ -292,12 +296,14 @@ def test_int8_roles_act_and_written_deltas_take_their_formats():
     hw = Hardware(numerics=Numerics(weight=Int(8, "channel"), activation=Int(8), error=Int(8)))
     exact = changes(make_engine(SoftHebb(), widths=(12, 8)), a_batch(64))
     rounded = changes(make_engine(SoftHebb(), widths=(12, 8), hardware=hw), a_batch(64))
-    assert hw.fired["weight"] > 0 and hw.fired["activation"] > 0
+    assert hw.fired["weight"] > 0
+    assert hw.fired["activation"] > 0
     assert torch.cosine_similarity(exact[0].flatten(), rounded[0].flatten(), dim=0) > 0.9
     coarse = Hardware(numerics=Numerics(update=Int(2), storage=Int(4)))
     engine = make_engine(SoftHebb(), widths=(12,), hardware=coarse)
     engine.train_step(a_batch(64))
-    assert coarse.fired["update"] >= 1 and coarse.fired["storage"] >= 1
+    assert coarse.fired["update"] >= 1
+    assert coarse.fired["storage"] >= 1
     assert engine.model.blocks[0].linear.weight.unique().numel() <= 15
 
 
@@ -315,7 +321,8 @@ def test_engine_writes_deltas_exactly_and_counts_them():
     z, out = engine.run_parts(0, a_batch(4, F64).x)
     assert torch.equal(out, engine.run(0, a_batch(4, F64).x))
     assert torch.equal(z, engine.model.blocks[0].pre_activation(a_batch(4, F64).x))
-    assert not z.requires_grad and not out.requires_grad
+    assert not z.requires_grad
+    assert not out.requires_grad
 
 
 def test_regression_trains_its_readout():
@@ -336,7 +343,8 @@ def test_regression_trains_its_readout():
 ])
 def test_other_blocks_are_refused_with_a_sentence(build, name):
     refusal = SoftHebb().supports(build(digits()[0]), digits()[0], Hardware())
-    assert "dense or convolutional" in refusal and name in refusal
+    assert "dense or convolutional" in refusal
+    assert name in refusal
 
 
 def test_recurrent_and_graph_blocks_are_refused():

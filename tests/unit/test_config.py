@@ -308,6 +308,7 @@ def test_describe_names_every_kind_of_type():
         ({"updates_per_step": 0}, "trainer.updates_per_step"),
         ({"accumulate": 0}, "trainer.accumulate"),
         ({"validate_every": 0}, "trainer.validate_every"),
+        ({"validate_every": 11}, "trainer.validate_every"),
         ({"clip_norm": 0}, "trainer.clip_norm"),
         ({"clip_norm": float("nan")}, "trainer.clip_norm"),
         ({"patience": 0}, "trainer.patience"),
@@ -356,6 +357,7 @@ def root(**changes):
         ({"name": 3}, "name"),
         ({"model": None}, "model"),
         ({"data": "mnist"}, "data"),
+        ({"algo": {"algo": {"_target_": "x"}}}, "algo.algo"),
     ],
 )
 def test_a_root_that_cannot_be_run_is_refused(changes, key):

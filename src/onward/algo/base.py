@@ -316,17 +316,20 @@ class LossOracle:
     def place(self, key: str, scale: float) -> None:
         """Parameters at ``theta + scale * z(key)``, in place, unit after unit."""
         for i in range(self.engine.depth + 1):
-            at = self._at[i]
-            if at is not None and at[0] != key:
-                self._restore(i, self.direction(at[0], i))
-                at = None
-            z = self.direction(key, i)
-            self._at[i] = (key, scale)
-            if self._kept is None:
-                _add(self.engine.parameters_of(i), z, scale if at is None else scale - at[1])
-                continue
-            for p, kept, part in zip(self.engine.parameters_of(i), self._kept[i], z, strict=True):
-                torch.add(kept, part, alpha=scale, out=p.detach())
+            self._move(i, key, scale)
+
+    def _move(self, i: int, key: str, scale: float) -> None:
+        at = self._at[i]
+        if at is not None and at[0] != key:
+            self._restore(i, self.direction(at[0], i))
+            at = None
+        z = self.direction(key, i)
+        self._at[i] = (key, scale)
+        if self._kept is None:
+            _add(self.engine.parameters_of(i), z, scale if at is None else scale - at[1])
+            return
+        for p, kept, part in zip(self.engine.parameters_of(i), self._kept[i], z, strict=True):
+            torch.add(kept, part, alpha=scale, out=p.detach())
 
     def _restore(self, i: int, z: list[Tensor]) -> None:
         _, scale = self._at[i]
@@ -503,6 +506,6 @@ def held_statistics(model: nn.Module) -> Iterator[None]:
 
 
 __all__ = [
-    "DRAWS", "BlockLocal", "Feedback", "Inference", "LossOracle", "Perturbation", "Plasticity", "Rule", "RuleInfo",
-    "States", "choice", "held_statistics", "normal", "rademacher",
+    "DRAWS", "BlockLocal", "Feedback", "Inference", "LossOracle", "Perturbation", "Plasticity", "Rule",
+    "RuleInfo", "States", "choice", "held_statistics", "normal", "rademacher",
 ]

@@ -121,7 +121,7 @@ class Engine:
         return self._run_with(i, {n: p for n, p in unit.named_parameters()}, h, context)
 
     def run_parts(self, i: int, h: Tensor, context: Graph | None = None) -> tuple[Tensor, Tensor]:
-        """Block i's pre-activation and output of one execution, in the hardware's arithmetic, without a graph."""
+        """Block i's pre-activation and output of one execution, in the hardware's arithmetic; no graph."""
         unit, hw = self.units[i], self.hardware
         self.ledger["unit_forwards"] += 1
         with torch.no_grad():

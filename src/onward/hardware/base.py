@@ -113,8 +113,9 @@ class Hardware:
         fmt = self._formats.get(role)
         if fmt is None:
             return x
-        draw = source
-        if draw is None and self.generator is not None and getattr(fmt, "rounding", "nearest") == "stochastic":
+        stochastic = getattr(fmt, "rounding", "nearest") == "stochastic"
+        draw = source if stochastic else None
+        if stochastic and draw is None and self.generator is not None:
             draw = self.generator(f"rounding/{role}/{self._calls[role]}")
         self._calls[role] += 1
         self.fired[role] += 1

@@ -16,16 +16,15 @@ def run_name(algo: str, model: str, data: str, seed: int | str) -> str:
 def describe(tags: Mapping[str, str], params: Mapping[str, str], latest: Mapping[str, float], status: str,
              reason: str | None = None) -> str:
     """Markdown of a run: what it is, what it reached, what it cost, and the command that repeats it."""
-    rows: list[tuple[str, str]] = []
+    rows: list[tuple[str, str]] = []  # the outcome first: the page folds the rest away
+    if status != "FINISHED":
+        rows.append(("status", f"**{status}**" + (f": {reason}" if reason else "")))
+    rows += _scores(tags, latest) + _cost(latest)
     for key, label in (("algo", "rule"), ("model", "model"), ("data", "data"), ("hardware", "hardware")):
         if key in tags:
             rows.append((label, f"`{tags[key]}`" + _aside(key, tags)))
-    rows += _scores(tags, latest)
     if "parameters" in params:
         rows.append(("parameters", _count(params["parameters"])))
-    rows += _cost(latest)
-    if status != "FINISHED":
-        rows.append(("status", f"**{status}**" + (f": {reason}" if reason else "")))
     lines = ["| | |", "|---|---|", *(f"| {label} | {cell(value)} |" for label, value in rows)]
     if "command" in tags:
         lines += ["", "Again:", "", "```", tags["command"], "```"]

@@ -152,7 +152,9 @@ class Run:
                 self._tags[note.TAG] = note.describe(self._tags, self._params, {}, "RUNNING")
                 run = store.create_run(experiment, tags=_shown_tags(self._tags), run_name=self.name)
                 self._begun(uri, run.info.run_id)
-                store.log_batch(self.run_id, params=[mlflow.entities.Param(k, v) for k, v in shown.items()])
+                if shown:
+                    params = [mlflow.entities.Param(k, v) for k, v in shown.items()]
+                    store.log_batch(self.run_id, params=params)
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise unusable(uri, reason(error)) from error
         self._uri = uri

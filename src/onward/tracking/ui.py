@@ -147,14 +147,23 @@ def run_ui(uri: str, port: int, say: Callable[[str], None], log_file: Path | Non
     with _sigterm_as_interrupt():
         try:
             with serve(uri, port, log_file, artifacts) as (address, process):
-                link = view.address(address, found.experiment_id) if found.experiment_id else address
-                runs = f"{found.runs} run{'s' if found.runs != 1 else ''}, " if found.runs > 0 else ""
-                say(f"Open {link}\n({runs}only reachable from this machine; Ctrl-C ends it)")
+                for line in _links(address, found):
+                    say(line)
+                say("Only this machine can reach it. Ctrl-C ends it.")
                 process.wait()
                 raise TrackingError(f"MLflow's server ended with code {process.returncode}")
         except KeyboardInterrupt:
             say("Closed.")
             return 0
+
+
+def _links(address: str, found: Contents) -> list[str]:
+    if found.experiment_id is None:
+        return [f"Open  {address}"]
+    ranked = view.address(address, found.experiment_id, view.RANKED_KEY)
+    return [f"Open    {view.address(address, found.experiment_id)}",
+            f"Ranked  {ranked}",
+            f"{found.runs} run{'s' if found.runs != 1 else ''}, by test accuracy in the second view."]
 
 
 @contextlib.contextmanager

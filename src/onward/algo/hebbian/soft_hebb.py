@@ -17,7 +17,7 @@ TINY = 1e-30  # a silent batch gives a change of 0, not 0/0
 
 
 class Triangle(nn.Module):
-    """``relu(u - mean(u))^power``, the mean over the units at one position (Coates et al. 2011, section 3.2.2)."""
+    """``relu(u - mean(u))^power``, the mean over the units at one position (Coates et al. 2011, 3.2.2)."""
 
     def __init__(self, power: float, axis: int):
         super().__init__()
@@ -56,12 +56,12 @@ class Standardise(nn.Module):
 
 
 class SoftHebb(Plasticity):
-    """Soft winner-take-all Hebbian learning of dense and convolutional blocks; the readout is trained by labels.
+    """Soft winner-take-all Hebbian learning of dense and convolutional blocks; labels train the readout only.
 
     With ``u = W x`` and ``y = softmax_k(t u)`` over the K units (channels) at one position,
 
         q_k = y_k for the winner argmax_k u_k, and -y_k for the others (anti-Hebbian)
-        d_k = sum q_k x - (sum q_k u_k) w_k        (over samples and positions; x is the patch of a convolution)
+        d_k = sum q_k x - (sum q_k u_k) w_k      (over samples and positions; x is a convolution's patch)
         w_k <- w_k + eta | |w_k| - 1 |^p * d_k / max |d|
 
     Where only ``q >= 0`` acts, ``w_k . dw_k = sum q u (1 - |w_k|^2)``: norms are drawn to 1 from both sides.
@@ -74,17 +74,18 @@ class SoftHebb(Plasticity):
         adaptive_power: p, >= 0; 0 gives every unit the rate eta.
         radius: initial weights ``N(0, radius^2 / fan_in)``, so that |w_k| is about ``radius``; None keeps the
             model's own initial weights.
-        activation: ``triangle`` replaces each block's activation by ``relu(u - mean_k u)^power``; ``model`` keeps it.
+        activation: ``triangle`` replaces each block's activation by ``relu(u - mean_k u)^power``; ``model``
+            keeps it.
         power: of the triangle, > 0; one number or one per block.
-        input_norm: what each block is given: ``none`` (the previous output), ``batch`` (standardised per channel
-            over the batch, running moments in evaluation) or ``sample`` (each sample to mean 0, variance 1).
-            The correlations are not centred, so inputs that are all positive (pixels, any ReLU's output) draw all
-            units to their common mean: standardise unless the contrast between inputs is already large.
+        input_norm: what each block is given: ``none`` (the previous output), ``batch`` (standardised per
+            channel over the batch, running moments in evaluation) or ``sample`` (each sample to mean 0,
+            variance 1). The correlations are not centred, so inputs that are all positive (pixels, any
+            ReLU's output) draw all units to their common mean: standardise them.
         schedule, unsupervised_share: see :class:`Plasticity`.
     Raises:
         ConfigError: a value out of range, or a list whose length is not the number of blocks.
-    Source: Journe, Garcia Rodriguez, Guo, Moraitis 2023, "Hebbian Deep Learning Without Feedback" (ICLR; arXiv
-        2209.11883), section 3 and appendix A; Moraitis et al. 2022 (the dense, Bayesian derivation).
+    Source: Journe, Garcia Rodriguez, Guo, Moraitis 2023, "Hebbian Deep Learning Without Feedback" (ICLR;
+        arXiv 2209.11883), section 3 and appendix A; Moraitis et al. 2022 (the dense, Bayesian derivation).
     """
 
     info = RuleInfo(
@@ -94,12 +95,12 @@ class SoftHebb(Plasticity):
         url="https://arxiv.org/abs/2209.11883",
         locality="block",
         passes="one forward",
-        equation=r"q_k = \pm\,\mathrm{softmax}_k(t\,u), \quad d_k = \sum q_k x - \Big(\sum q_k u_k\Big) w_k, \quad "
-                 r"\Delta w_k = \eta\,\big|\,\|w_k\| - 1\,\big|^{p}\, \frac{d_k}{\max |d|}",
-        differs="All blocks learn on the same batches as the readout unless schedule=unsupervised_first; zero "
-                "padding and the configured model's sizes; no dropout before the readout unless the model has it.",
-        reported="Test accuracy with up to five hidden layers and a linear classifier: MNIST 99.4, CIFAR-10 80.3, "
-                 "STL-10 76.2, ImageNet 27.3",
+        equation=r"q_k = \pm\,\mathrm{softmax}_k(t\,u), \quad d_k = \sum q_k x - \Big(\sum q_k u_k\Big) w_k, "
+                 r"\quad \Delta w_k = \eta\,\big|\,\|w_k\| - 1\,\big|^{p}\, \frac{d_k}{\max |d|}",
+        differs="All blocks learn on the same batches as the readout unless schedule=unsupervised_first; "
+                "zero padding and the configured model's sizes; no dropout before the readout.",
+        reported="Test accuracy with up to five hidden layers and a linear classifier: MNIST 99.4, "
+                 "CIFAR-10 80.3, STL-10 76.2, ImageNet 27.3",
     )
     # What blocks are given may be standardised by the rule, so the stack alone is not the network.
     end_to_end = False
@@ -128,9 +129,9 @@ class SoftHebb(Plasticity):
             per_block(f"algo.{key}", getattr(self, key), len(model))
         for i, block in enumerate(model.blocks):
             if not plain(block):
-                return (f"soft_hebb needs blocks that are one dense or convolutional map and an activation, without "
-                        f"norm or dropout (its update is defined for u = W x alone), but block {i} is not: "
-                        f"{type(block).__name__}")
+                return (f"soft_hebb needs blocks that are one dense or convolutional map and an activation, "
+                        f"without norm or dropout (its update is defined for u = W x alone), but block {i} "
+                        f"is not: {type(block).__name__}")
         return None
 
     def setup(self, model, spec):
@@ -173,8 +174,8 @@ class SoftHebb(Plasticity):
             correlation = rows.t() @ x.reshape(-1, x.shape[-1])
             drive = (rows * z.reshape(rows.shape)).sum(0)
         else:
-            correlation = conv2d_weight(pre, layer.weight.shape, q, layer.stride, layer.padding, layer.dilation,
-                                        layer.groups)
+            correlation = conv2d_weight(pre, layer.weight.shape, q, layer.stride, layer.padding,
+                                        layer.dilation, layer.groups)
             drive = (q * z).sum(dim=(0, 2, 3))
         decay = layer.weight * drive.view(-1, *([1] * (layer.weight.dim() - 1)))
         return [correlation - decay] if layer.bias is None else [correlation - decay, None]
@@ -198,7 +199,8 @@ def compete(u: Tensor, t: float, axis: int, losers: str) -> Tensor:
 
 def plain(block: Block) -> bool:
     """True for one dense or convolutional map with an activation (and pooling), nothing else."""
-    return type(block) in (Dense, Conv) and all(isinstance(m, nn.Identity) for m in (block.norm, block.dropout))
+    extras = (block.norm, block.dropout) if type(block) in (Dense, Conv) else (block,)
+    return all(isinstance(m, nn.Identity) for m in extras)
 
 
 def linear_map(block: Block) -> nn.Linear | nn.Conv2d:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from onward.algo.base import Inference, RuleInfo, States, choice
-from onward.engine.tape import Tape
 from onward.errors import ConfigError
+
+if TYPE_CHECKING:
+    from onward.engine.tape import Tape
 
 
 @dataclass
 class PredictiveStates(States):
-    """``errors[i]`` is e_i where errors are what is relaxed (else empty; None while it is 0), ``tapes`` the forward pass where it is
-    kept, ``rows`` how many rows count in the loss, ``below`` the state under the unit that learns next, and
-    ``energies`` each unit's share of F at the end."""
+    """``errors[i]`` is e_i where errors are what is relaxed (None while it is 0; else empty), ``tapes`` the
+    forward pass where it is kept, ``rows`` how many rows count in the loss, ``below`` the state under the
+    unit that learns next, and ``energies`` each unit's share of F at the end."""
 
     rows: int = 1
     errors: list[Tensor | None] = field(default_factory=list)
@@ -34,15 +37,17 @@ class PredictiveCoding(Inference):
         v_i <- v_i + g (e_i - J_{i+1}^T e_{i+1}),                              e_N = s * dloss/dscores
         dtheta_i = 1 / (s R) * sum_rows (df_i/dtheta_i)^T e_i
 
-    **Scale of the errors.** ``e_N`` is the gradient of *each row's* loss (a row is a sample, a node, a position
-    of a sequence), not of the mean: states of one sample do not depend on the batch it is in. Weights
-    learn from the mean over the R rows that count, divided by ``error_scale`` s, so that the update keeps
-    backpropagation's size. As s goes to 0 states stay at the forward pass and, after enough iterations,
-    the strict update becomes backpropagation's; s = 1 is the energy as published (summed losses).
+    **Scale of the errors.** ``e_N`` is the gradient of *each row's* loss (a row is a sample, a node, a
+    position of a sequence), not of the mean: states of one sample do not depend on the batch it is in.
+    Weights learn from the mean over the R rows that count, divided by ``error_scale`` s, so that the update
+    keeps backpropagation's size. As s goes to 0 states stay at the forward pass and, after enough
+    iterations, the strict update becomes backpropagation's; s = 1 is the energy as published (summed
+    losses).
 
-    **Coordinates.** Gradient descent on F over the states is ill-conditioned: it needs ``g < 2 / (1 + |J|^2)``, and
-    |J| is 6 in a trained MLP, 3 to 11 in batch-normalised residual units, 50 in attention over small
-    embeddings. In the coordinates ``e`` a state follows its prediction at once and the error relaxes,
+    **Coordinates.** Gradient descent on F over the states is ill-conditioned: it needs ``g < 2 / (1 +
+    |J|^2)``, and |J| is 6 in a trained MLP, 3 to 11 in batch-normalised residual units, 50 in attention
+    over small embeddings. In the coordinates ``e`` a state follows its prediction at once and the error
+    relaxes,
 
         e_i <- (1 - g) e_i + g J_{i+1}^T e_{i+1},    v_i = f_i(v_{i-1}) - e_i      (i upwards),
 
@@ -50,22 +55,23 @@ class PredictiveCoding(Inference):
     same cost, but convergence in a few more iterations than there are blocks.
 
     Args:
-        mode: ``strict`` runs every unit again at the present states in every iteration; one unit's graph lives at
-            a time. ``fixed_prediction`` keeps predictions and Jacobians of the forward pass (all units' graphs
-            live, as in backpropagation); with ``inference_lr=1`` it is backpropagation exactly after as many
-            iterations as there are blocks.
+        mode: ``strict`` runs every unit again at the present states in every iteration; one unit's graph
+            lives at a time. ``fixed_prediction`` keeps predictions and Jacobians of the forward pass (all
+            units' graphs live, as in backpropagation); with ``inference_lr=1`` it is backpropagation
+            exactly after as many iterations as there are blocks.
         iterations: sweeps over the states, at least the number of blocks.
         inference_lr: rate g, 0 < g <= 1.
         error_scale: s above, > 0.
         coordinates: what relaxes in strict mode, ``errors`` or ``states`` (the published dynamics).
         step: of ``states``: ``fixed`` moves them by g times the slope of F; ``curvature`` divides g by
-            ``1 + |J^T e|^2 / |e|^2`` (e of the unit above; per sample, or per graph), the curvature of F along the
-            error that is being explained, at no further cost.
+            ``1 + |J^T e|^2 / |e|^2`` (e of the unit above; per sample, or per graph), the curvature of F
+            along the error that is being explained, at no further cost.
     Raises:
         ConfigError: a value out of range; fewer iterations than blocks (the first would not learn).
     Source: Whittington, Bogacz 2017 (the network and its energy); Millidge, Tschantz, Buckley 2020, arXiv
-        2006.04182, and Rosenbaum 2022, PLoS ONE 17(3) e0266102 (strict, fixed prediction). The relaxation in
-        errors and ``step=curvature`` are derived here.
+        2006.04182, and Rosenbaum 2022, PLoS ONE 17(3) e0266102 (strict, fixed prediction). That errors may be
+        the coordinates is also in jpc (its ePC variant); the iteration above and ``step=curvature`` are
+        derived here.
     """
 
     info = RuleInfo(
@@ -75,15 +81,16 @@ class PredictiveCoding(Inference):
         url="https://doi.org/10.1162/NECO_a_00949",
         # The weight update reads its own unit's states only; the states carry what later weights send down.
         locality="global",
-        passes="one forward; per iteration one forward and one pull-back to the input of every unit but the first",
-        equation=r"v_i \leftarrow v_i + \gamma\,(e_i - J_{i+1}^\top e_{i+1}), \quad e_i = f_i(v_{i-1}) - v_i, "
-                 r"\quad e_N = s\,\partial \ell/\partial f_N, \quad "
+        passes="one forward; per iteration one forward and one pull-back of every unit but the first",
+        equation=r"v_i \leftarrow v_i + \gamma\,(e_i - J_{i+1}^\top e_{i+1}), \quad "
+                 r"e_i = f_i(v_{i-1}) - v_i, \quad e_N = s\,\partial \ell/\partial f_N, \quad "
                  r"\Delta\theta_i = -\frac{\eta}{sR} \sum (\partial_{\theta_i} f_i)^\top e_i",
-        differs="Units are whole blocks (a residual unit or an attention block is one prediction); the output "
-                "error is the task's own gradient, with no state at the output; all variances are 1; states are "
-                "relaxed through their errors unless coordinates=states.",
-        reported="Claimed equal to backpropagation in accuracy on MNIST (Whittington, Bogacz 2017); no figure is "
-                 "quoted here because none could be checked against the paper",
+        differs="Units are whole blocks (a residual unit or an attention block is one prediction); the "
+                "output error is the task's own gradient, with no state at the output; all variances are 1; "
+                "errors are scaled by 0.1 (error_scale) and relaxed in their own coordinates unless "
+                "coordinates=states.",
+        reported="Accuracy on MNIST said to match backpropagation (Whittington, Bogacz 2017); the figure "
+                 "could not be checked against the paper",
     )
 
     def __init__(self, mode: str = "strict", iterations: int = 10, inference_lr: float = 0.5,
@@ -104,11 +111,12 @@ class PredictiveCoding(Inference):
         if self.iterations < len(model):
             raise ConfigError(
                 "algo.iterations", self.iterations,
-                f"at least {len(model)}, the number of blocks: an error travels one block per iteration, so the "
-                f"first blocks would not learn")
+                f"at least {len(model)}, the number of blocks: an error travels one block per iteration, so "
+                f"the first blocks would not learn")
         if self.mode == "strict" and any(b.is_stochastic for b in model.blocks):
-            return ("predictive_coding with algo.mode=strict runs every block many times per batch, and dropout would "
-                    "change the prediction each time; use model.dropout=0 or algo.mode=fixed_prediction")
+            return ("predictive_coding with algo.mode=strict runs every block many times per batch, and "
+                    "dropout would change the prediction each time; use model.dropout=0 or "
+                    "algo.mode=fixed_prediction")
         return None
 
     def init_states(self, engine, batch):
@@ -193,7 +201,7 @@ class PredictiveCoding(Inference):
                 v[i] = v[i] + rate * (error - pull)
 
     def rate(self, error: Tensor, pull: Tensor, batch) -> float | Tensor:
-        """Rate of a state whose slope is ``e - pull``, ``pull = J^T error``: a number, or one per sample or graph."""
+        """Rate at which a state moves by ``e - pull``, ``pull = J^T error``; per sample if ``curvature``."""
         if self.state_step == "fixed":
             return self.inference_lr
         start = 1 if batch.context is None else 0

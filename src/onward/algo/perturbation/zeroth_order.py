@@ -39,12 +39,13 @@ class ZerothOrder(Perturbation):
         url="https://arxiv.org/abs/2305.17333",
         locality="global",
         passes="two forwards per direction (mode=forward: one, and one more)",
-        equation=r"\hat g = \frac{\mathcal L(\theta + \epsilon z) - \mathcal L(\theta - \epsilon z)}{2\epsilon}\, z, "
-                 r"\quad z \sim \mathcal N(0, I), \quad \theta \leftarrow \theta - \eta\, \hat g",
-        differs="Trains from scratch with the network in training mode, both queries under the same dropout masks "
-                "(the source fine-tunes with dropout off); the update may go through any optimizer.",
-        reported="Fine-tuning OPT-13B: within 1 % of Adam fine-tuning on 7 of 11 tasks at 1/12 of its memory; "
-                 "no figure for training from scratch",
+        equation=r"\hat g = \frac{\mathcal L(\theta + \epsilon z) - \mathcal L(\theta - \epsilon z)"
+                 r"}{2\epsilon}\, z, \quad z \sim \mathcal N(0, I), \quad "
+                 r"\theta \leftarrow \theta - \eta\, \hat g",
+        differs="Trains from scratch with the network in training mode, both queries under the same dropout "
+                "masks (the source fine-tunes with dropout off); the update may go through any optimizer.",
+        reported="Fine-tuning OPT-13B: within 1 % of Adam fine-tuning on 7 of 11 tasks at 1/12 of its memory;"
+                 " no figure for training from scratch",
     )
 
     def __init__(self, eps: float = 1e-3, mode: str = "central", restore: str = "subtract",

@@ -1,0 +1,146 @@
+"""A tracking server that dies while a run trains must not lose the run: a real server, really killed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from onward.errors import ConfigError, TrackingError
+from onward.tracking.library import client
+from onward.tracking.reap import upload
+from onward.tracking.run import Run
+from onward.tracking.settings import TrackingSettings
+from onward.tracking.store import ensure_store
+from onward.tracking.ui import free_port, serve
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def until(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_server_killed_mid_run_loses_nothing(tmp_path, caplog):
+    store_uri = ensure_store(TrackingSettings(tmp_path / "server"))
+    port = free_port()
+    artifacts = str(tmp_path / "server" / "artifacts")
+    settings = TrackingSettings(tmp_path, uri=f"http://127.0.0.1:{port}", grace=5.0, timeout=10.0)
+    directory = tmp_path / "runs" / "r"
+
+    with serve(store_uri, port, tmp_path / "server.log", artifacts) as (_, server):
+        run = Run.start(settings, name="r", directory=directory, tags={"algo": "a"}, params={"lr": 0.1})
+        run.__enter__()
+        run.log({"train/loss": 1.0, "odd": float("nan")}, 1)
+        assert run.drain()
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+        with caplog.at_level(logging.WARNING, "onward.tracking"):
+            slowest = 0.0
+            for step in range(2, 12):  # training goes on
+                started = time.monotonic()
+                run.log({"train/loss": 1.0 / step}, step)
+                run.flush()
+                slowest = max(slowest, time.monotonic() - started)
+            assert slowest < 1.0
+            until(lambda: (directory / "pending.jsonl").exists())
+            run.text("late.txt", "written while the server was out")
+            run.log({"test/accuracy": 0.95}, 12)
+            run.__exit__(None, None, None)
+
+    assert run.status == "FINISHED"
+    command = f"reap.py --upload {directory}"
+    assert any(command in record.getMessage() for record in caplog.records)
+    assert sum("out (" in record.getMessage() for record in caplog.records) == 1  # said once, not per attempt
+    with pytest.raises(TrackingError, match="does not take the upload yet"):
+        upload(directory)
+    assert (directory / "pending.jsonl").exists()
+
+    with serve(store_uri, port, tmp_path / "server.log", artifacts):
+        assert client(settings.resolved_uri).get_run(run.run_id).info.status == "RUNNING"
+        done = subprocess.run([sys.executable, str(ROOT / "scripts/reap.py"), "--upload", str(directory)],
+                              capture_output=True, text=True, check=True)
+        assert done.stdout == f"r ({run.run_id}): uploaded, FINISHED\n"
+        store = client(settings.resolved_uri)
+        entry = store.get_run(run.run_id)
+        assert entry.info.status == "FINISHED"
+        assert entry.data.metrics["test/accuracy"] == 0.95
+        points = store.get_metric_history(run.run_id, "train/loss")
+        assert [(p.step, p.value) for p in points] == [(s, 1.0 / s) for s in range(1, 12)]
+        assert entry.data.tags["non_finite.odd"] == "nan at step 1"
+        assert "late.txt" in {file.path for file in store.list_artifacts(run.run_id)}
+        assert not (directory / "pending.jsonl").exists()
+
+
+class Broken:
+    """A client whose writes fail while it is told to, as those of a server that went away."""
+
+    def __init__(self, inner):
+        self._inner, self.out = inner, False
+
+    def __getattr__(self, name):
+        if self.out and name in ("log_batch", "set_terminated", "log_artifact"):
+            def fail(*_args, **_kwargs):
+                raise OSError("connection refused")
+
+            return fail
+        return getattr(self._inner, name)
+
+
+@pytest.fixture
+def broken(settings, monkeypatch) -> Broken:
+    from onward.tracking import run as module
+
+    broken = Broken(client(ensure_store(settings)))
+    monkeypatch.setattr(module, "client", lambda _uri: broken)
+    return broken
+
+
+def test_a_store_that_comes_back_gets_everything_in_order(settings, tmp_path, broken, stored):
+    with Run.start(settings, name="r", directory=tmp_path / "r") as run:
+        run.log({"train/loss": 1.0}, 1)
+        assert run.drain()
+        broken.out = True
+        run.log({"train/loss": 2.0}, 2)
+        run.flush()
+        until(lambda: (tmp_path / "r" / "pending.jsonl").exists())
+        run.log({"train/loss": 3.0}, 3)
+        run.flush()
+        broken.out = False
+    assert stored().info.status == "FINISHED"
+    points = client(settings.resolved_uri).get_metric_history(run.run_id, "train/loss")
+    assert [(p.step, p.value) for p in points] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert not (tmp_path / "r" / "pending.jsonl").exists()
+
+
+def test_a_failure_during_an_outage_keeps_its_true_status(settings, tmp_path, broken, stored):
+    with pytest.raises(ZeroDivisionError), Run.start(settings, name="r", directory=tmp_path / "r"):
+        broken.out = True
+        raise ZeroDivisionError("a bug")
+    assert stored().info.status == "RUNNING"
+    closed = upload(tmp_path / "r")
+    assert (closed.name, closed.status) == ("r", "FAILED")
+    entry = stored()
+    assert entry.info.status == "FAILED"
+    assert entry.data.tags["status_reason"] == "ZeroDivisionError: a bug"
+    assert upload(tmp_path / "r").status == "FAILED"  # again does no harm
+
+
+def test_upload_needs_the_directory_of_a_run_with_a_store(tmp_path):
+    with pytest.raises(ConfigError, match="the directory of a run"):
+        upload(tmp_path)
+    with Run.start(TrackingSettings(tmp_path, store="none"), name="r", directory=tmp_path / "r"):
+        pass
+    with pytest.raises(ConfigError, match="tracking=off"):
+        upload(tmp_path / "r")
