@@ -134,11 +134,10 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     module = ExperimentModule(parts.engine, log=run.log, probes=parts.probes, max_steps=settings.max_steps,
                               window=max(1, parts.total_steps // 200), identity=identity)
     metric, mode = f"val/{task.metric}", "max" if task.maximise else "min"
-    saver = ModelCheckpoint(run_dir / "checkpoints", filename="best", monitor=metric, mode=mode, save_top_k=1,
-                            save_last=True, auto_insert_metric_name=False, enable_version_counter=False)
+    saver, *others = savers(run_dir / "checkpoints", metric, mode)
     callbacks: list[Any] = [Progress(settings.progress, metric, parts.total_steps)]
     if settings.checkpoint:
-        callbacks.append(saver)
+        callbacks += [saver, *others]
     if settings.patience is not None:
         callbacks.append(EarlyStopping(metric, mode=mode, patience=settings.patience, verbose=False))
     seed = int(cfg.seed)
@@ -202,6 +201,16 @@ def sweep(cfg: DictConfig, overrides: list[str], directory: Path) -> Iterator[st
         yield parent.run_id
 
 
+def savers(folder: Path, metric: str, mode: str) -> list[ModelCheckpoint]:
+    """``best.ckpt`` by validation and ``last.ckpt`` after every one.
+
+    Two callbacks: Lightning's ``save_last`` renews the last one only when the best one changes.
+    """
+    return [ModelCheckpoint(folder, filename="best", monitor=metric, mode=mode, auto_insert_metric_name=False,
+                            enable_version_counter=False),
+            ModelCheckpoint(folder, filename="last", auto_insert_metric_name=False, enable_version_counter=False)]
+
+
 class RankedLoader:
     """A data set's split as Lightning iterates it: this process's part of every global batch."""
 
@@ -222,7 +231,8 @@ class RankedLoader:
         return len(self._loader())
 
     def __iter__(self):
-        return iter(self._loader())
+        # a generator: Lightning asks for the iterator before it announces the epoch
+        yield from self._loader()
 
 
 def make_trainer(parts: Parts, callbacks: list, run_dir: Path, alone: bool = False) -> pl.Trainer:

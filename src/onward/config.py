@@ -64,7 +64,7 @@ class TrainerSettings:
                 raise ConfigError(f"trainer.{name}", getattr(self, name), f"a positive number of {unit}")
         if self.validate_every > self.max_epochs:
             raise ConfigError("trainer.validate_every", self.validate_every,
-                              f"at most trainer.max_epochs ({self.max_epochs}): a run is selected by validation")
+                              f"at most max_epochs ({self.max_epochs}): validation selects what is tested")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError("trainer.max_steps", self.max_steps,
                               "a positive number of batches, or -1 for as many as max_epochs gives")

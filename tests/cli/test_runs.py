@@ -135,7 +135,7 @@ def test_resume_by_checkpoint_and_what_it_refuses(run, store, tmp_path):
     (["model=cnn", "data=two_moons", "algo=backprop"], ["model=cnn", "image", "two_moons"]),
     (["data.batch_size=-4"], ["data.batch_size", "-4", "positive"]),
     (["optimizer.lr=abc"], ["optimizer.lr", "abc", "number"]),
-    (["algo.threshhold=2"], ["algo.threshhold", "algo.threshold"]),
+    (["algo.threshhold=2"], ["algo.threshhold", "did you mean 'threshold'"]),
     (["hardware=gpu"], ["gpu", "CUDA"]),
     (["algo=forward_forward", "algo.negatives=hybrid"], ["algo.readout", "linear"]),
     (["hardware=ddp", "model=resnet", "algo=backprop"], ["batch normalisation"]),

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,15 @@ from onward.tracking.ui import free_port
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ui.py"
 NEEDS = "no chromium on this machine: apt-get install chromium"
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--window-size=2000,1000", "--virtual-time-budget=30000")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--window-size=2000,1000", "--virtual-time-budget=30000")
 
 
 def record(settings: TrackingSettings, folder: Path, algo: str, seed: int, accuracy: float,
            parent_id: str | None = None, error: Exception | None = None) -> str:
-    tags = {"algo": algo, "model": "mlp", "data": "digits", "seed": seed, "hardware": "cpu", "readout": "goodness",
-            "group": "5f0c7d11", "command": f"python train.py algo={algo} seed={seed}"}
+    tags = {"algo": algo, "model": "mlp", "data": "digits", "seed": seed, "hardware": "cpu",
+            "readout": "goodness", "group": "5f0c7d11", "command": f"python train.py algo={algo} seed={seed}"}
     params = {k: tags[k] for k in ("algo", "model", "data", "seed")} | {"parameters": 907810}
     with Run.start(settings, name=run_name(algo, "mlp", "digits", seed), directory=folder / f"{algo}-{seed}",
                    tags=tags, params=params, parent_id=parent_id) as run:
@@ -49,7 +48,8 @@ def record(settings: TrackingSettings, folder: Path, algo: str, seed: int, accur
 
 def script(*arguments: str, outputs: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "ONWARD_OUTPUTS": str(outputs)})
+                            stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "ONWARD_OUTPUTS": str(outputs)})
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def page(tmp_path_factory):
     settings = TrackingSettings(outputs)
     single = record(settings, outputs, "forward_forward", 0, 0.953)
     with pytest.raises(Diverged):
-        record(settings, outputs, "zeroth_order", 1, 0.5, error=Diverged("train/loss is not finite at update 7"))
+        record(settings, outputs, "zeroth_order", 1, 0.5, error=Diverged("train/loss is not finite"))
     with parent_run(settings, outputs / "sweep", "sweep · backprop, mono_forward · mlp · digits") as parent:
         record(settings, outputs, "backprop", 2, 0.978, parent.run_id)
         record(settings, outputs, "mono_forward", 3, 0.971, parent.run_id)
@@ -79,7 +79,8 @@ def page(tmp_path_factory):
             with_data = tmp_path_factory.mktemp("browser")
             done = subprocess.run([browser, *FLAGS, f"--user-data-dir={with_data}", "--dump-dom", address],
                                   capture_output=True, text=True, timeout=120, check=False)
-            text = html.unescape(re.sub(r"<(script|style).*?</\1>|<[^>]+>", "\n", done.stdout, flags=re.DOTALL))
+            bare = re.sub(r"<(script|style).*?</\1>|<[^>]+>", "\n", done.stdout, flags=re.DOTALL)
+            text = html.unescape(bare)
             if all(word in text for word in expected):
                 break
         return text
@@ -131,7 +132,7 @@ def test_a_sweep_page_names_its_children(page):
 @pytest.mark.slow
 def test_a_run_page_describes_the_run(page):
     expected = ["forward_forward · mlp · digits · s0", "test accuracy", "95.30 %", "readout: goodness",
-                "4.2 MiB live in one update", "python train.py algo=forward_forward seed=0", "group", "5f0c7d11"]
+                "4.2 MiB live in one update", "python train.py algo=forward_forward seed=0", "5f0c7d11"]
     text = page(f"{page.base}/#/experiments/1/runs/{page.single}", *expected)
     assert [word for word in expected if word not in text] == []
 

@@ -34,9 +34,9 @@ def engine_for(name: str, total_steps: int = 12, **kwargs) -> Engine:
 def fit(engine: Engine, tmp_path, epochs: int, checkpoint=None, logged=None, updates_per_step: int = 1, **kwargs):
     records = [] if logged is None else logged
     module = ExperimentModule(engine, log=lambda metrics, step: records.append((step, metrics)), **kwargs)
-    saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="best", monitor="val/accuracy", mode="max",
-                                         save_last=True, enable_version_counter=False)
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, logger=False, callbacks=[saver],
+    from onward.app import savers
+
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, logger=False, callbacks=savers(tmp_path, "val/accuracy", "max"),
                          enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
                          use_distributed_sampler=False)
     train, val = loaders(updates_per_step)

@@ -323,8 +323,10 @@ def _dense_jvp(unit, h, dh, tangents):
         dz = torch.nn.functional.linear(tape.x, tangents[0], tangents[1] if bias is not None else None)
     if dh is not None:
         dx = unit.flatten(dh) if hasattr(unit, "flatten") else unit.features(dh)
-        pushed = torch.nn.functional.linear(dx, weight)
-        dz = pushed if dz is None else dz.add_(pushed)
+        if dz is None:
+            dz = torch.nn.functional.linear(dx, weight)
+        else:  # accumulated inside the product: no temporary
+            dz.view(-1, dz.shape[-1]).addmm_(dx.reshape(-1, dx.shape[-1]), weight.t())
     if dz is None:
         dz = torch.zeros_like(tape.output)
     return tape.output, tape.push(dz)

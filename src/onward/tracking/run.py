@@ -361,7 +361,7 @@ class Run:
     def ui_command(self) -> str:
         """The command that opens the UI on this run's store."""
         if self._uri is None:
-            return f"(tracking is off: {self.directory / history.METRICS_FILE})"
+            return f"tracking is off: {self.directory / history.METRICS_FILE}"
         default = TrackingSettings(self.settings.outputs).resolved_uri
         return commands.script("ui", *([] if self._uri == default else ["--uri", self._uri]))
 

@@ -36,8 +36,9 @@ def test_only_a_known_end_on_this_machine_is_an_end():
     assert not is_dead({})
     assert not is_dead({**ours, "process_start": ""})
     boot, namespace, ticks = ours["process_start"].split("/")
-    used_again, restarted, container = (f"{boot}/{namespace}/{int(ticks) + 1}", f"00000000/{namespace}/{ticks}",
-                                        f"{boot}/1/{int(ticks) + 1}")
+    later = int(ticks) + 1
+    used_again, restarted = f"{boot}/{namespace}/{later}", f"00000000/{namespace}/{ticks}"
+    container = f"{boot}/1/{later}"
     assert is_dead({**ours, "process_start": used_again})
     assert is_dead({**ours, "process_start": restarted})
     assert not is_dead({**ours, "process_start": container})
