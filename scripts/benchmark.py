@@ -350,9 +350,9 @@ def table_step(t: Table, rounds: int) -> None:
     t.section("Platform step with tracking on / bare loop of the same rule, 784-500-500-500")
     for batch_size, steps, target in ((64, 80, "<= 1.10"), (512, 24, "<= 1.05")):
         for name, (make, optimizer, bare) in RULES.items():
-            r = ratio({"bare": lambda bare=bare: time_steps(bare().step, batch_size, steps),
-                       "platform": lambda make=make, o=optimizer: platform_steps(make, o, batch_size, steps)},
-                      "bare", rounds)
+            r = ratio({"bare": lambda bare=bare, b=batch_size, n=steps: time_steps(bare().step, b, n),
+                       "platform": lambda make=make, o=optimizer, b=batch_size, n=steps:
+                           platform_steps(make, o, b, n)}, "bare", rounds)
             t.row(f"{name}, batch {batch_size} (bare {r['_base_ms']})", r["platform"], target)
     for name in ("backprop", "forward_forward", "mono_forward"):
         make, optimizer, bare = RULES[name]

@@ -19,7 +19,6 @@ import torch
 import yaml
 
 from onward.catalogue import composed, conf_dir, header, options
-
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
 from onward.engine import Engine

@@ -68,8 +68,8 @@ def test_a_run_ends_with_its_figures_and_is_stored_whole(run, store):
     (stored,) = runs(store, "whole")
     assert stored.info.status == "FINISHED"
     metrics, tags, params = stored.data.metrics, stored.data.tags, stored.data.params
-    for name in ("test/accuracy", "test/accuracy/last", "val/accuracy", "best/val/accuracy", "train/loss", "block/0/loss",
-                 "block/1/loss", "seconds", "memory/peak_rss_bytes", "cost/flops", "cost/peak_bytes", "epoch"):
+    for name in ("test/accuracy", "test/accuracy/last", "val/accuracy", "best/val/accuracy", "train/loss",
+                 "block/0/loss", "block/1/loss", "seconds", "memory/peak_rss_bytes", "cost/flops", "cost/peak_bytes", "epoch"):
         assert name in metrics, name
     assert f"{100 * metrics['test/accuracy']:.2f} %" in out
     assert tags["algo"] == "mono_forward" and tags["locality"] == "block" and tags["readout"] == "sum"
@@ -168,7 +168,7 @@ def test_a_diverging_run_is_marked_and_keeps_a_good_checkpoint(run, store):
 
 
 def test_a_sweep_is_a_parent_with_children_and_survives_a_failure(run, store):
-    code, out, err = run("-m", "algo=backprop,forward_forward", "data=two_moons,teacher_student", "model.widths=[8,8]",
+    code, _, err = run("-m", "algo=backprop,forward_forward", "data=two_moons,teacher_student", "model.widths=[8,8]",
                          "trainer.max_epochs=1", "data.limit=100",
                          "trainer.progress=none")
     assert code == 1 and "failed" in err

@@ -24,7 +24,7 @@ RULES = options("algo")
 
 
 def engine_of(name: str, seed: int = 0, hw: Hardware | None = None, factory=None, **kwargs) -> Engine:
-    spec, _ = family("image")
+    spec = family("image")[0]
     learner = rule(name)
     torch.manual_seed(5)
     stack = learner.setup(model("mlp", learner.input_spec(spec)), spec)
@@ -32,7 +32,7 @@ def engine_of(name: str, seed: int = 0, hw: Hardware | None = None, factory=None
 
 
 def batches(n_steps: int):
-    spec, batch = family("image", 40)
+    batch = family("image", 40)[1]
     for s in range(n_steps):
         rows = torch.randperm(40, generator=generator(0, s, "tests"))[:8]
         yield type(batch)(batch.x[rows], batch.y[rows], total=8)
@@ -65,7 +65,7 @@ def test_one_file_and_one_yaml(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_audit_reproduces_the_declared_locality(name):
-    spec, batch = family("image", 32)
+    batch = family("image", 32)[1]
     engine = engine_of(name)
     found = audit(engine, batch)
     assert classify(**found) == engine.rule.info.locality, found
@@ -73,7 +73,6 @@ def test_audit_reproduces_the_declared_locality(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_block_learns_unless_it_is_declared_frozen(name):
-    spec, batch = family("image", 32)
     engine = engine_of(name, total_steps=4)
     before = copy.deepcopy(engine.model.state_dict())
     for b in batches(4):
@@ -134,7 +133,7 @@ def test_same_seed_same_run_other_seed_other_noise(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_predict_never_needs_labels_and_leaves_everything_as_it_was(name):
-    spec, batch = family("image")
+    batch = family("image")[1]
     engine = engine_of(name)
     before = copy.deepcopy([*engine.model.state_dict().values(), *engine.rule.state_dict().values()])
     with engine.inference():

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import a_batch, accuracy, adam, digits, gradients, make_engine, sgd, train
 
 from onward.algo.forward_only import negatives as neg

@@ -36,7 +36,8 @@ def fit(engine: Engine, tmp_path, epochs: int, checkpoint=None, logged=None, upd
     module = ExperimentModule(engine, log=lambda metrics, step: records.append((step, metrics)), **kwargs)
     from onward.app import savers
 
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, logger=False, callbacks=savers(tmp_path, "val/accuracy", "max"),
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, logger=False,
+                         callbacks=savers(tmp_path, "val/accuracy", "max"),
                          enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
                          use_distributed_sampler=False)
     train, val = loaders(updates_per_step)

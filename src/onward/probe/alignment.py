@@ -36,7 +36,7 @@ class Alignment(Probe):
         grads = iter(torch.autograd.grad(scores, [p for unit in params for p in unit], error, allow_unused=True))
         metrics = {}
         for i, unit in enumerate(params):
-            reference = [torch.zeros_like(p) if g is None else g for p, g in zip(unit, grads)]
+            reference = [torch.zeros_like(p) if g is None else g for p, g in zip(unit, grads, strict=False)]
             name = exact.group(i)
             if not unit or len(taken.get(name, [])) < len(unit):
                 continue
