@@ -69,7 +69,8 @@ def test_a_run_ends_with_its_figures_and_is_stored_whole(run, store):
     assert stored.info.status == "FINISHED"
     metrics, tags, params = stored.data.metrics, stored.data.tags, stored.data.params
     for name in ("test/accuracy", "test/accuracy/last", "val/accuracy", "best/val/accuracy", "train/loss",
-                 "block/0/loss", "block/1/loss", "seconds", "memory/peak_rss_bytes", "cost/flops", "cost/peak_bytes", "epoch"):
+                 "block/0/loss", "block/1/loss", "seconds", "memory/peak_rss_bytes", "cost/flops",
+                 "cost/peak_bytes", "epoch"):
         assert name in metrics, name
     assert f"{100 * metrics['test/accuracy']:.2f} %" in out
     assert tags["algo"] == "mono_forward" and tags["locality"] == "block" and tags["readout"] == "sum"
