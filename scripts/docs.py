@@ -4,32 +4,46 @@
     python scripts/docs.py --check   # exit 1 and name the pages that are stale
 
 Everything stated is measured or read here: the audit runs, one update is metered, every model and data
-layout is tried, and reported and obtained figures come from conf/experiment/.
+layout is tried, and reported and obtained figures come from conf/experiment/. Pages depend on the checkout
+and the pinned packages alone; no time or path of this machine is in them. docs/benchmark.md, which has
+times, is written by scripts/benchmark.py and kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
+import textwrap
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import yaml
 
-from onward.catalogue import composed, conf_dir, header, options
+from onward.algo import base
+from onward.catalogue import config_dir, header, options, summary
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
 from onward.engine import Engine
 from onward.engine.ledger import LiveBytes, step_cost
 from onward.engine.locality import audit, classify
 from onward.errors import ConfigError, Unsupported
+from onward.hardware import formats
 from onward.model.mlp import mlp
-from onward.samples import FAMILIES, family, model, optimizer, rule
+from onward.samples import FAMILIES, composed, family, model, optimizer, rule
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = "MLP 64-128-128-128-10, batch 64, one update"
+REFERENCE = "one update of an MLP 64-128-128-128-10 at batch 64, with the rule's own optimizer"
+KEPT = {"benchmark.md"}
+NOT_RUN = "not run yet"
+
+LOCALITY = {
+    "block": "an update depends on its own block and those before it",
+    "broadcast": "an update depends also on the output error, which comes through no other block's weights",
+    "global": "an update depends also on blocks after its own",
+}
 
 
 @lru_cache
@@ -61,10 +75,13 @@ def peak(name: str, depth: int) -> int:
 
 
 @lru_cache
-def memory_growth(name: str) -> str:
-    """How peak memory changes from 4 to 16 blocks."""
-    a, b = peak(name, 4), peak(name, 16)
-    return "constant in depth" if a == b else f"x {b / a:.1f} from 4 to 16 blocks"
+def growth(name: str) -> float:
+    """Peak memory of 8 blocks over that of 4."""
+    return peak(name, 8) / peak(name, 4)
+
+
+def growth_text(name: str) -> str:
+    return "constant" if growth(name) == 1 else f"× {growth(name):.2f}"
 
 
 def runs_on(name: str) -> list[list[str]]:
@@ -102,28 +119,44 @@ def reads(model_name: str, family_name: str) -> bool:
     return True
 
 
+def choices(node: dict) -> dict[str, str]:
+    """The groups that a config's defaults list chooses."""
+    entries = [entry for entry in node.get("defaults", []) if isinstance(entry, dict)]
+    return {key.removeprefix("override ").strip().lstrip("/"): option for entry in entries
+            for key, option in entry.items()}
+
+
+@lru_cache
 def experiments() -> list[dict]:
-    """Replications on disk: what the paper reports beside what was obtained here."""
+    """Replications on disk: what the source reports beside what was obtained here."""
+    standard = choices(yaml.safe_load((config_dir() / "train.yaml").read_text(encoding="utf-8")))
     found = []
-    for path in sorted((conf_dir() / "experiment").glob("*.yaml")):
+    for name in options("experiment"):
+        path = config_dir() / "experiment" / f"{name}.yaml"
         node = yaml.safe_load(path.read_text(encoding="utf-8"))
-        algo = next((v for d in node.get("defaults", []) if isinstance(d, dict)
-                     for k, v in d.items() if k.replace("override", "").strip() == "/algo"), "forward_forward")
-        found.append({"name": path.stem, "algo": algo, "reported": node.get("reported") or {},
-                      "obtained": node.get("obtained") or {}})
+        chosen = standard | choices(node)
+        found.append({"name": name, "title": summary(path), **{k: chosen[k] for k in ("algo", "model", "data")},
+                      "reported": node.get("reported") or {}, "obtained": node.get("obtained") or {}})
     return found
 
 
-def figure(entry: dict) -> str:
+def figure(entry: dict, nothing: str) -> str:
     """A reported or obtained figure as one cell."""
-    if not entry:
-        return "not run yet"
-    text = str(entry.get("figure", entry.get("test_accuracy", "")))
-    seeds = entry.get("seeds")
-    if seeds:
-        n = len(seeds) if isinstance(seeds, list) else int(seeds)
-        text += f" ({n} seed{'s' if n > 1 else ''})"
-    return text
+    seeds = entry.get("seeds", [])
+    return f"{entry['figure']}{f' ({counted(len(seeds))})' if seeds else ''}" if entry else nothing
+
+
+def counted(seeds: int) -> str:
+    return f"{seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def beside(entry: dict) -> list[str]:
+    """Reported and obtained, two cells."""
+    return [figure(entry["reported"], "none"), figure(entry["obtained"], NOT_RUN)]
+
+
+def prose(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, 110, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -132,7 +165,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def axes(name: str) -> list[list[str]]:
     """The rule's own keys, defaults and the comment beside them in its YAML."""
-    text = (conf_dir() / "algo" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    text = (config_dir() / "algo" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     notes = {line.split(":")[0].strip(): line.split("#", 1)[1].strip()
              for line in text if line.startswith("  ") and ":" in line and "#" in line}
     return [[f"`algo.{k}`", f"`{json.dumps(v)}`", notes.get(k, "").replace("|", "\\|")]
@@ -144,150 +177,228 @@ def ratio(name: str, key: str) -> str:
     return f"{cost(name)[key] / base:.2f}" if base else "-"
 
 
+def tier(learner: base.Rule) -> str:
+    """The tier's name and what it promises."""
+    cls = getattr(base, type(learner).tier, None)
+    promise = inspect.getdoc(cls).partition("\n")[0] if cls else "The rule drives every unit itself."
+    return f"{type(learner).tier}: {promise}"
+
+
+def audit_lines(name: str) -> tuple[str, list[str]]:
+    """What the audit calls the rule, and its two matrices side by side."""
+    found = audit(*reference_engine(name))
+    free, held = found["free"].tolist(), found["held"].tolist()
+    wide = 2 * len(free) + 2
+    lines = [f"{'':11}{'as it is':{wide + 4}}error held fixed".rstrip()]
+    for i, (row, fixed) in enumerate(zip(free, held, strict=True)):
+        unit = f"block {i}" if i + 1 < len(free) else "readout"
+        marks = [" ".join("X" if x else "." for x in cells) for cells in (row, fixed)]
+        lines.append(f"{unit:11}{marks[0]:{wide + 4}}{marks[1]}")
+    return classify(**found), lines
+
+
+def cost_rows(name: str) -> list[list[str]]:
+    """A row per meter: this rule, backprop, the ratio."""
+    mine, other = cost(name), cost("backprop")
+    meters = {"flops": "FLOPs of matrix products", "peak_bytes": "peak live bytes",
+              "saved_bytes": "bytes kept by autograd"}
+    rows = [[text, f"{mine[k]:,.0f}", f"{other[k]:,.0f}", ratio(name, k)] for k, text in meters.items()]
+    counts = {"forward_passes": "executions per unit", "jvp_passes": "executions in forward mode",
+              "queries": "queries of the loss"}
+    rows += [[text, f"{mine[k]:.1f}".removesuffix(".0"), f"{other[k]:.1f}".removesuffix(".0"), ""]
+             for k, text in counts.items()]
+    return [*rows, ["peak live bytes, 8 blocks over 4", growth_text(name), growth_text("backprop"), ""]]
+
+
+def published_lines(name: str) -> list[str]:
+    """The source's figures in words, then every experiment with this rule."""
+    info = rule(name).info
+    lines = [*prose(f"Published: {info.reported}."), ""] if info.reported else []
+    mine = [e for e in experiments() if e["algo"] == name]
+    if mine:
+        lines += [*table(["experiment", "model", "data", "reported", "obtained here"], [
+            [f"[{e['name']}](../experiments.md#{e['name']})", e["model"], e["data"], *beside(e)] for e in mine]), ""]
+    return lines or ["No figure is published for this form, and no experiment is on disk.", ""]
+
+
 def rule_page(name: str) -> str:
     learner = rule(name)
     info = learner.info
-    engine, batch = reference_engine(name)
-    found = audit(engine, batch)
-    seen = classify(**found)
-    matrix = "\n".join(" ".join("X" if x else "." for x in row) + "    " + " ".join("X" if x else "." for x in held)
-                       for row, held in zip(found["free"].tolist(), found["held"].tolist(), strict=True))
-    c = cost(name)
-    source = Path(sys.modules[type(learner).__module__].__file__).relative_to(ROOT)
+    source = f"src/{type(learner).__module__.replace('.', '/')}.py"
     cfg = composed(f"algo={name}")
-    lines = [
+    audited, matrices = audit_lines(name)
+    rows = runs_on(name)
+    return "\n".join([
         f"# {info.title}", "",
-        f"{header('algo', name)[0]}", "",
-        f"Source: {info.authors} ({info.year}), <{info.url}>. Code: [`{source}`](../../{source}).", "",
-        "```", f"python train.py algo={name} model=mlp", "```", "",
-        "$$", info.equation, "$$", "",
-        f"**Where it differs from its source.** {info.differs}", "",
+        summary(config_dir() / "algo" / f"{name}.yaml") + ".", "",
+        *prose(f"Source: {info.authors} ({info.year}), <{info.url}>. Code: [`{source}`](../../{source})."), "",
+        "```bash", header(config_dir() / "algo" / f"{name}.yaml")[1], "```", "",
+        "```math", info.equation.replace(", \\quad ", ",\n\\quad "), "```", "",
+        *prose(f"**Where it differs from its source.** {info.differs}"), "",
         "## What it is", "",
-        *table(["", ""], [["tier", type(learner).tier], ["locality, declared", info.locality],
-                          ["locality, audited", seen], ["passes per update", info.passes],
-                          ["control", "yes" if info.control else "no"]]), "",
-        "The audit perturbs one unit (row; the readout is the last) and marks the units whose update changes "
-        "(column): as it is, and with the output error held fixed.", "",
-        "```", matrix, "```", "",
-        "## What it costs", "", f"Measured: {REFERENCE}.", "",
-        *table(["", "here", "of backprop"], [
-            ["FLOPs of matrix products", f"{c['flops']:,.0f}", ratio(name, "flops")],
-            ["peak live bytes", f"{c['peak_bytes']:,.0f}", ratio(name, "peak_bytes")],
-            ["bytes kept by autograd", f"{c['saved_bytes']:,.0f}", ratio(name, "saved_bytes")],
-            ["network executions", f"{c['forward_passes']:.1f} forward, {c['jvp_passes']:.1f} forward-mode", ""],
-            ["loss queries", f"{c['queries']:.0f}", ""],
-            ["peak memory", memory_growth(name), memory_growth("backprop")]]), "",
-        "## Axes", "", *table(["key", "default", ""], axes(name)), "",
+        *table(["", ""], [["tier", tier(learner)],
+                          ["locality, declared", f"{info.locality}: {LOCALITY[info.locality]}"],
+                          ["locality, audited", audited], ["passes per update", info.passes],
+                          *([["control", "yes: not a proposal, something to compare with"]] if info.control else [])]),
+        "",
+        *prose("The audit perturbs one unit (row) and marks the units whose update changes (column, in the same "
+               "order): as it is, and with the output error held fixed."), "",
+        "```text", *matrices, "```", "",
+        "## What it costs", "",
+        *prose(f"Measured: {REFERENCE}; for the last row width 64 and SGD. An execution counts once whatever its "
+               "batch."), "",
+        *table(["", "this rule", "backprop", "ratio"], cost_rows(name)), "",
+        "## Axes", "",
+        *([*table(["key", "default", ""], axes(name)), ""] if axes(name) else ["None of its own.", ""]),
         f"Optimizer: `{cfg.optimizer._target_}`, learning rate `{cfg.optimizer.lr}`.", "",
         "## Where it runs", "",
-    ]
-    rows = runs_on(name)
-    notes = [r[0] for r in rows if len(r) == 1]
-    lines += [*table(["model", *FAMILIES], [r for r in rows if len(r) > 1]), "", *[f"{n}  " for n in notes], ""]
-    lines += ["## Published and obtained", ""]
-    if info.reported:
-        lines += [f"Published: {info.reported}.", ""]
-    mine = [e for e in experiments() if e["algo"] == name]
-    if mine:
-        lines += [*table(["experiment", "reported", "obtained here", "command"], [
-            [e["name"], figure(e["reported"]), figure(e["obtained"]), f"`python train.py experiment={e['name']}`"]
-            for e in mine]), ""]
-    elif not info.reported:
-        lines += ["No figure is published for this form.", ""]
-    return "\n".join(lines)
+        *table(["model", *FAMILIES], [r for r in rows if len(r) > 1]), "",
+        *[line for r in rows if len(r) == 1 for line in (*prose(r[0]), "")],
+        "An empty cell: the model does not read such data, whatever the rule.", "",
+        "## Published and obtained", "", *published_lines(name)])
 
 
 def index_page() -> str:
-    rows = []
-    best = {e["algo"]: figure(e["obtained"]) for e in experiments() if e["obtained"] and "mnist" in e["name"]}
-    for name in options("algo"):
-        info = rule(name).info
-        rows.append([f"[{name}](rules/{name}.md)", info.title + (" (control)" if info.control else ""),
-                     info.locality, info.passes, ratio(name, "flops"), ratio(name, "peak_bytes"),
-                     memory_growth(name), best.get(name, "")])
-    constant = [n for n in options("algo") if memory_growth(n) == "constant in depth" and not rule(n).info.control]
-    nograd = [n for n in options("algo") if cost(n)["saved_bytes"] == 0 and not rule(n).info.control]
-    local = [n for n in options("algo") if rule(n).info.locality == "block" and not rule(n).info.control]
+    rules = {n: rule(n).info for n in options("algo")}
+    proposals = [n for n, info in rules.items() if not info.control]
 
-    def links(names):
-        return ", ".join(f"[{n}](rules/{n}.md)" for n in names)
+    def links(names) -> str:
+        return ", ".join(f"[{n}](rules/{n}.md)" for n in names) or "none"
 
-    lines = [
+    needs = {
+        "Memory must not grow with depth": (n for n in proposals if growth(n) == 1),
+        "No autograd: updates in closed form (dense nets)": (n for n in proposals if not cost(n)["saved_bytes"]),
+        "No signal may come from later blocks": (n for n in proposals if rules[n].locality == "block"),
+        "Only the output error may be broadcast": (n for n in proposals if rules[n].locality == "broadcast"),
+        "No reverse mode: forward passes alone": (n for n in proposals if rule(n).tier == "Perturbation"),
+        "Only the loss can be measured": (n for n in proposals if rule(n).tier == "Perturbation"
+                                          and not cost(n)["jvp_passes"]),
+        "Controls to compare with": (n for n, info in rules.items() if info.control),
+    }
+    mnist = {e["algo"]: beside(e) for e in experiments() if e["data"] == "mnist"}
+    rows = [[f"[{n}](rules/{n}.md)", info.title + (" (control)" if info.control else ""), info.locality, info.passes,
+             ratio(n, "flops"), ratio(n, "peak_bytes"), growth_text(n), *mnist.get(n, ["", ""])]
+            for n, info in rules.items()]
+    return "\n".join([
         "# Choose a learning rule", "",
-        "Every line is measured or audited by `python scripts/docs.py`; each rule's page says how.", "",
-        f"- **Memory must not grow with depth**: {links(constant)}",
-        f"- **Nothing may be kept for a backward pass** (on dense nets): {links(nograd)}",
-        f"- **No signal may come from later blocks**: {links(local)}",
-        f"- **Only the loss can be measured**: {links(n for n in options('algo') if rule(n).tier == 'Perturbation')}",
-        f"- **Controls to compare with**: {links(n for n in options('algo') if rule(n).info.control)}", "",
-        f"Costs are ratios to backprop: {REFERENCE}. Accuracy: MNIST test set, from conf/experiment/.", "",
-        *table(["rule", "title", "locality", "passes per update", "FLOPs", "peak bytes", "memory", "MNIST"], rows), "",
-        "See also: [models](models.md), [data](data.md), [hardware](hardware.md), [experiments](experiments.md).", "",
-    ]
-    return "\n".join(lines)
+        *prose("Every line is measured or audited by `python scripts/docs.py`; each rule's page says how."), "",
+        "## By what you need", "",
+        *[line for need, names in needs.items() for line in prose(f"- **{need}**: {links(names)}", "  ")], "",
+        "## All rules", "",
+        *prose(f"FLOPs and peak bytes are ratios to backprop of {REFERENCE}. Depth: peak bytes of 8 blocks over "
+               "those of 4. MNIST: test accuracy the source reports, and what its experiment gave here; sizes and "
+               "epochs differ, [experiments](experiments.md) says how."), "",
+        *table(["rule", "title", "locality", "passes per update", "FLOPs", "peak bytes", "depth", "MNIST reported",
+                "MNIST obtained"], rows), "",
+        "Locality is what a block's update depends on:", "", *[f"- **{k}**: {text}" for k, text in LOCALITY.items()],
+        "", "See also: [models](models.md), [data](data.md), [hardware](hardware.md), "
+        "[experiments](experiments.md).", ""])
 
 
 def group_page(title: str, group: str, text: str) -> str:
-    rows = [[f"`{group}={n}`", header(group, n)[0], f"`{header(group, n)[1]}`"] for n in options(group)]
-    return "\n".join([f"# {title}", "", text, "", *table(["choice", "", "command"], rows), ""])
+    lines = {n: header(config_dir() / group / f"{n}.yaml") for n in options(group)}
+    rows = [[f"`{group}={n}`", first, f"`{second}`"] for n, (first, second, *_) in lines.items()]
+    return "\n".join([title, "", *prose(text), "", *table(["choice", "", "command"], rows), ""])
+
+
+def models_page() -> str:
+    page = group_page("# Models", "model", "Sizes come from the data. A block is what a local rule may train alone.")
+    rows = [[n, *("yes" if reads(n, f) else "" for f in FAMILIES)] for n in options("model")]
+    return "\n".join([page, "## Data they read", "", *table(["model", *FAMILIES], rows), ""])
+
+
+def hardware_page() -> str:
+    kinds = [cls for cls in vars(formats).values() if inspect.isclass(cls) and cls is not formats.NumberFormat
+             and issubclass(cls, formats.NumberFormat)]
+    rows = [[f"`{cls.__name__}`", inspect.getdoc(cls).partition("\n\n")[0].replace("\n", " ").replace("|", "\\|"),
+             f"`{', '.join(inspect.signature(cls).parameters)}`"] for cls in kinds]
+    return "\n".join([
+        group_page("# Hardware", "hardware", "Real devices through Lightning, and emulated arithmetic by tensor role: "
+                   "`hardware.numerics.<role>` is a format below, or null for exact."),
+        group_page("## Real devices", "hardware/runtime", "The part of a device that runs: `hardware.runtime`."),
+        group_page("## Emulated arithmetic", "hardware/numerics", "The part that rounds: `hardware.numerics`."),
+        "## Formats", "", *table(["format", "", "arguments"], rows), ""])
 
 
 def data_page() -> str:
     from onward.data.files import FILES
 
-    page = group_page("Data", "data", "Three disjoint splits everywhere; nothing selects on test. Files are sought in "
-                      "`data.root`, `ONWARD_DATA`, `/usr/share/datasets` and the user's cache, then downloaded if "
-                      "`data.download=true`; hashes are of the decompressed content.")
+    page = group_page("# Data", "data", "Three disjoint splits everywhere; nothing selects on test. Files are sought "
+                      "in `data.root`, `ONWARD_DATA`, `/usr/share/datasets` and the user's cache, then downloaded "
+                      "if `data.download=true`; hashes are of the decompressed content.")
     rows = [[f"{data}: {f.name}", f"<{f.address}>", f"`{f.digest}`", f.terms]
             for data, files in FILES.items() for f in files.values()]
-    return page + "\n".join(["## Published files", "", *table(["file", "address", "hash", "terms"], rows), ""])
+    return page + "\n".join(["", "## Published files", "", *table(["file", "address", "hash", "terms"], rows), ""])
+
+
+def experiment_lines(e: dict) -> list[str]:
+    """One experiment in full."""
+    made = e["obtained"]
+    rows = [["rule", f"[{e['algo']}](rules/{e['algo']}.md)"], ["model, data", f"{e['model']}, {e['data']}"],
+            ["reported", figure(e["reported"], "none")], ["its source", str(e["reported"].get("source", ""))],
+            ["obtained", figure(made, NOT_RUN)]]
+    if made:
+        rows += [["every seed", ", ".join(f"{s}: {a:.4f}" for s, a in
+                                         zip(made["seeds"], made["test_accuracy"], strict=True))],
+                 ["seconds per seed", f"{made['seconds_per_seed']} on one CPU thread"],
+                 ["made by", f"`{made['command']}` at `{made['commit']}`"]]
+        rows += [[f"readout {k}", v] for k, v in made.get("other_readouts", {}).items()]
+        curve = made.get("validation_curve_of_first_seed", {})
+        if curve:
+            rows += [["validation accuracy by epoch", ", ".join(f"{k}: {v:.4f}" for k, v in curve.items())]]
+    return [f"## {e['name']}", "", f"{e['title']}.", "", "```bash", f"python train.py experiment={e['name']}", "```",
+            "", *table(["", ""], rows), ""]
 
 
 def experiments_page() -> str:
-    rows = [[f"`experiment={e['name']}`", e["algo"], figure(e["reported"]), str(e["reported"].get("source", "")),
-             figure(e["obtained"]), str(e["obtained"].get("commit", ""))] for e in experiments()]
-    return "\n".join(["# Experiments: reported and obtained", "",
-                      "Test accuracy of the checkpoint that validation selected. `reported` is the source's figure, "
-                      "`obtained` what the command gave here.", "",
-                      *table(["command", "rule", "reported", "source", "obtained", "commit"], rows), ""])
+    rows = [[f"[{e['name']}](#{e['name']})", e["algo"], e["model"], e["data"], *beside(e)] for e in experiments()]
+    return "\n".join(["# Experiments: reported and obtained", "", *prose(
+        "`reported` is the source's figure, `obtained` what the command gave here: test accuracy of the checkpoint "
+        "that validation selected, mean and sample standard deviation over seeds, written into conf/experiment/ by "
+        "`python scripts/reproduce.py`. Experiments are shorter or smaller than their sources where those take "
+        "hours; the source's setting is named beside its figure."), "",
+        *table(["experiment", "rule", "model", "data", "reported", "obtained"], rows), "",
+        *[line for e in experiments() for line in experiment_lines(e)]])
 
 
 def pages() -> dict[str, str]:
     torch.set_num_threads(1)
     out = {f"rules/{n}.md": rule_page(n) for n in options("algo")}
     out["index.md"] = index_page()
-    out["models.md"] = group_page("Models", "model", "Sizes come from the data. A block is what a local rule may "
-                                  "train alone.")
-    out["hardware.md"] = group_page("Hardware", "hardware", "Real devices through Lightning, and emulated arithmetic "
-                                    "by tensor role.")
+    out["models.md"] = models_page()
+    out["hardware.md"] = hardware_page()
     out["data.md"] = data_page()
     out["experiments.md"] = experiments_page()
     return out
 
 
+def stale(wanted: dict[str, str], folder: Path) -> list[str]:
+    """Pages that are missing, differ, or should not be there."""
+    present = {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*.md")}
+    kept = {n: text for n, text in present.items() if n in KEPT}
+    wanted = wanted | kept
+    return sorted(n for n in wanted | present if wanted.get(n) != present.get(n))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder (default: docs/ of the checkout)")
     args = parser.parse_args()
     wanted = pages()
-    present = {str(p.relative_to(args.out)): p for p in args.out.rglob("*.md")}
-    made = set(wanted)
-    kept = {"benchmark.md"}
-    stale = [n for n, text in wanted.items() if n not in present or present[n].read_text(encoding="utf-8") != text]
-    stale += [n for n in present if n not in made | kept]
+    changed = stale(wanted, args.out)
     if args.check:
-        if stale:
-            sys.exit(f"stale: {', '.join(sorted(stale))}; run python scripts/docs.py")
+        if changed:
+            sys.exit(f"stale: {', '.join(changed)}; run python scripts/docs.py")
         return
-    for name, text in wanted.items():
+    for name in changed:
         path = args.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    for name in present:
-        if name not in made | kept:
-            present[name].unlink()
-    print(f"{len(wanted)} pages in {args.out}")
+        if name in wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted[name], encoding="utf-8")
+        else:
+            path.unlink()
+    print(f"{len(wanted)} pages in {args.out}, {len(changed)} changed")
 
 
 if __name__ == "__main__":

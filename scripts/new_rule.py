@@ -4,7 +4,8 @@
     python scripts/new_rule.py my_rule ... --family forward_only
 
 The new rule is block-local with a linear head per block; replace ``local_loss`` by what your rule descends, or
-subclass another tier of onward.algo.base.
+subclass another tier of onward.algo.base. Every contract test runs on it at once; what no template can give is
+printed at the end.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import keyword
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,6 +78,25 @@ search:
   optimizer.lr: {{distribution: loguniform, low: 1.0e-4, high: 1.0e-1}}
 '''
 
+OWED = """\
+{module}
+{config}
+
+It runs and passes the contract tests as it is:
+  python train.py algo={key} model=mlp
+  python -m pytest tests/contract -k {key}
+
+Still owed by a real rule, and in no template:
+  the update      local_loss, equation, locality, passes, differs and reported in {module}
+  an oracle       tests/oracle/test_{key}.py: its update against a closed form or a second derivation
+  learning        tests/learn/test_{key}.py: it beats a frozen random trunk of the same size
+  a golden value  ONWARD_UPDATE_GOLDEN=1 python -m pytest tests/golden -k {key}
+  its page        python scripts/docs.py"""
+
+
+def refuse(key: str, value: object, valid: str) -> NoReturn:
+    sys.exit(f"error: {key}={str(value)!r} is not valid: {valid}")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,21 +109,29 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to write into")
     args = parser.parse_args()
     if not args.key.isidentifier() or keyword.iskeyword(args.key) or args.key != args.key.lower():
-        sys.exit(f"error: key={args.key!r} is not valid: a lower-case Python name such as my_rule")
-    folder = args.root / "src" / "onward" / "algo" / args.family
-    if not folder.is_dir():
-        families = sorted(p.name for p in folder.parent.iterdir() if (p / "__init__.py").exists())
-        sys.exit(f"error: family={args.family!r} is not valid: one of {', '.join(families)}")
-    module, config = folder / f"{args.key}.py", args.root / "conf" / "algo" / f"{args.key}.yaml"
-    for path in (module, config):
-        if path.exists():
-            sys.exit(f"error: key={args.key!r} is not valid: {path.relative_to(args.root)} exists already")
+        refuse("key", args.key, "a lower-case Python name such as my_rule")
+    algo, configs = args.root / "src" / "onward" / "algo", args.root / "conf" / "algo"
+    if not configs.is_dir():
+        refuse("--root", args.root, "a checkout, with conf/algo/ and src/onward/algo/ in it")
+    families = sorted(p.parent.name for p in algo.glob("*/__init__.py"))
+    if args.family not in families:
+        refuse("--family", args.family, f"one of {', '.join(families)}")
+    present = {p.stem: p for p in [*algo.glob("*/*.py"), *configs.glob("*.yaml")]}
+    if args.key in present:
+        refuse("key", args.key, f"a new name, but {present[args.key].relative_to(args.root)} exists")
+    for field in ("title", "authors", "url"):
+        if set(getattr(args, field)) & set('"\\\n') or not getattr(args, field).strip():
+            refuse(field, getattr(args, field), "one line of text without quotes and backslashes")
+    if not args.url.startswith("https://"):
+        refuse("url", args.url, "the paper's address, https://...")
+    if not 1940 < args.year <= 2026:
+        refuse("year", args.year, "the paper's year, 1941 to 2026")
+    module, config = algo / args.family / f"{args.key}.py", configs / f"{args.key}.yaml"
     words = {"key": args.key, "title": args.title, "authors": args.authors, "year": args.year, "url": args.url,
              "family": args.family, "name": "".join(w.capitalize() for w in args.key.split("_"))}
     module.write_text(MODULE.format(**words), encoding="utf-8")
     config.write_text(CONFIG.format(**words), encoding="utf-8")
-    print(f"{module.relative_to(args.root)}\n{config.relative_to(args.root)}\n"
-          f"python train.py algo={args.key} model=mlp")
+    print(OWED.format(key=args.key, module=module.relative_to(args.root), config=config.relative_to(args.root)))
 
 
 if __name__ == "__main__":

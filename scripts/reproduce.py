@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from onward.catalogue import conf_dir, options
+from onward.catalogue import config_dir, options
 from onward.tracking.history import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +102,7 @@ def collect(name: str, outputs: Path) -> dict | None:
 
 def record(name: str, obtained: dict) -> None:
     """Replace the file's ``obtained:`` block, leaving everything before it as it is written."""
-    path = conf_dir() / "experiment" / f"{name}.yaml"
+    path = config_dir() / "experiment" / f"{name}.yaml"
     lines = path.read_text(encoding="utf-8").splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith("obtained:")), len(lines))
     head = "\n".join(lines[:start]).rstrip()

@@ -152,14 +152,16 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     last = run_dir / "checkpoints" / "last.ckpt"
     if settings.checkpoint and last.exists():
         module.train_seconds = float(read_checkpoint(last)["onward"]["train_seconds"])
-    selected = float(trainer.callback_metrics[metric])
+    evaluator = make_trainer(parts, [], run_dir, alone=True)
+    if metric not in trainer.callback_metrics:  # the run ended before its first validation
+        evaluator.validate(module, RankedLoader(parts.data, "val", seed, 1), verbose=False)
+    selected = float({**evaluator.callback_metrics, **trainer.callback_metrics}[metric])
     if best:
         state = read_checkpoint(Path(best))
         module.load_state_dict(state["state_dict"])
         selected = float(saver.best_model_score) if saver.best_model_score is not None else selected
     results = {f"best/{metric}": selected}
     if settings.test:
-        evaluator = make_trainer(parts, [], run_dir, alone=True)
         evaluator.test(module, RankedLoader(parts.data, "test", seed, 1), verbose=False)
         results |= {k: v for k, v in module.results.items() if k.startswith("test/")}
     results |= {

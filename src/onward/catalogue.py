@@ -1,41 +1,40 @@
-"""What is on disk: config groups, their options, and one line about each. Imports nothing heavy."""
+"""What is on disk: where configs lie, the options of each group, one line about each. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
-def conf_dir() -> Path:
-    """The config folder: the checkout's, or the one inside the installed package."""
-    inside = Path(__file__).resolve().parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "conf"
+def checkout() -> Path | None:
+    """The repository this package is imported from, or None when it is installed as a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "conf" / "train.yaml").is_file() and (root / "pyproject.toml").is_file() else None
+
+
+def config_dir() -> Path:
+    """The folder of ``train.yaml``: ``conf/`` of the checkout, or the copy inside the installed package."""
+    root = checkout()
+    return root / "conf" if root else Path(__file__).resolve().parent / "conf"
 
 
 def options(group: str) -> list[str]:
-    """Names of a group's options, from the files on disk."""
-    return sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
+    """Names of a group's options in our own ``conf/``, from the files on disk."""
+    return sorted(p.stem for p in (config_dir() / group).glob("*.yaml"))
 
 
-def header(group: str, option: str) -> list[str]:
-    """The comment lines a config file starts with, without ``#`` and without Hydra's package line."""
+def header(path: Path) -> list[str]:
+    """The comment lines a YAML file starts with, without ``#`` and without Hydra's package line."""
     lines = []
-    for line in (conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.strip()
+        if text and not text.startswith("#"):
             break
-        if not line.startswith("# @package"):
-            lines.append(line.lstrip("# ").rstrip())
+        text = text.lstrip("# ")
+        if text and not text.startswith("@package"):
+            lines.append(text)
     return lines
 
 
-@lru_cache
-def composed(*overrides: str) -> DictConfig:
-    """The config of ``python train.py <overrides>``. Read it; copy it before changing anything."""
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", list(overrides))
+def summary(path: Path) -> str:
+    """The first of the comment lines, which says what the file is."""
+    return next(iter(header(path)), "")

@@ -1,4 +1,4 @@
-"""Composing a configuration: where files lie, where output goes, and what is wrong with an override."""
+"""Composing a configuration: what an override gives, where output goes, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from onward.catalogue import checkout, config_dir
 from onward.config import GROUPS, validate
 from onward.errors import ConfigError, OnwardError, nearest
 
@@ -31,18 +32,6 @@ CONFIG_NAME = "train"
 
 class CompositionError(OnwardError):
     """The configuration cannot be composed, for a reason that Hydra words better than we could."""
-
-
-def checkout() -> Path | None:
-    """The repository this package is imported from, or None when it is installed as a wheel."""
-    root = Path(__file__).resolve().parents[2]
-    return root if (root / "conf" / "train.yaml").is_file() and (root / "pyproject.toml").is_file() else None
-
-
-def config_dir() -> Path:
-    """The folder of ``train.yaml``: ``conf/`` of the checkout, or the copy inside the installed package."""
-    root = checkout()
-    return root / "conf" if root else Path(__file__).resolve().parent / "conf"
 
 
 def output_root() -> Path:

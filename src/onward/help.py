@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from onward.compose import checkout, config_dir, output_root
+from onward.catalogue import checkout, config_dir, summary
+from onward.compose import output_root
 
 #: Headings of the groups a person chooses from most, in this order; the others follow by name.
 TITLES = {
@@ -59,19 +60,6 @@ VARIABLES = (
     ("ONWARD_CONFIG_PATH", "folders with your own YAML files"),
     ("ONWARD_ALLOW_TARGETS", "packages, beside our own, that _target_ may name"),
 )
-
-
-def summary(path: Path) -> str:
-    """The first comment line of a YAML file, without a package header."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            text = line.strip()
-            if text and not text.startswith("#"):
-                break
-            text = text.lstrip("# ").strip()
-            if text and not text.startswith("@package"):
-                return text
-    return ""
 
 
 def options(folders: Sequence[Path]) -> dict[str, dict[str, str]]:

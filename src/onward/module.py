@@ -59,6 +59,7 @@ class ExperimentModule(pl.LightningModule):
 
     def on_fit_start(self):
         self._tick = self.optimizers()
+        self.engine.block_losses = self.engine.block_losses.to(self.device)
 
     def on_train_epoch_start(self):
         loader = self.trainer.train_dataloader

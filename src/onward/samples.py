@@ -5,14 +5,23 @@ For tests, generated pages and dry runs: nothing here is a data set to learn fro
 
 from __future__ import annotations
 
-import torch
+from functools import lru_cache
 
-from onward.catalogue import composed
+import torch
+from omegaconf import DictConfig
+
+from onward.compose import compose
 from onward.config import build
 from onward.data.spec import Batch, DataSpec, Graph
 from onward.data.task import Classification, LanguageModelling, NodeClassification, Regression
 from onward.hardware.base import Hardware, Numerics
 from onward.hardware.formats import Int
+
+
+@lru_cache
+def composed(*overrides: str) -> DictConfig:
+    """The config of ``python train.py <overrides>``. Read it; copy it before changing anything."""
+    return compose(overrides)
 
 
 def rule(name: str, **changes):

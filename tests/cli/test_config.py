@@ -159,7 +159,7 @@ def test_debug_presets_do_what_they_say(outputs):
     assert (fast.trainer.max_epochs, fast.data.limit, fast.trainer.check_locality) == (1, 128, "always")
     assert (overfit.trainer.max_epochs, overfit.data.limit, overfit.trainer.test) == (100, 64, False)
     assert (profile.trainer.max_steps, profile.trainer.profile) == (20, "profile")
-    untracked = compose(["tracking=none"]).tracking
+    untracked = compose(["tracking=off"]).tracking
     assert fast.tracking == untracked
     assert overfit.tracking == untracked
 

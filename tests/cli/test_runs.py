@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from onward import cli
-from onward.catalogue import conf_dir, options
+from onward.catalogue import config_dir, options
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model.widths=[12,12]", "data.limit=200", "trainer.progress=none"]
@@ -220,6 +220,13 @@ def test_an_interrupted_run_is_killed_with_its_checkpoint_kept(number, code, sto
     assert checkpoint["onward"]["engine"]["step"] >= 2
 
 
+def test_a_run_that_ends_before_its_first_validation_is_validated_once(run, store):
+    code, _, err = run("algo=backprop", "name=short", "trainer.max_steps=2", "trainer.max_epochs=9",
+                       "trainer.validate_every=5", *SMALL)
+    assert code == 0, err
+    assert {"val/accuracy", "best/val/accuracy", "test/accuracy"} <= runs(store, "short")[0].data.metrics.keys()
+
+
 def test_debug_presets_run(run):
     assert run("debug=fast", "algo=pepita")[0] == 0
     assert run("debug=overfit", "algo=backprop", "trainer.max_epochs=2", "trainer.progress=none")[0] == 0
@@ -236,8 +243,8 @@ def test_profile_writes_its_tables(run, store):
 @pytest.mark.parametrize("name", options("experiment"))
 def test_every_experiment_dry_runs(name, run, data_root, monkeypatch):
     monkeypatch.setenv("ONWARD_DATA", str(data_root))
-    shrink = ["model.widths=[16]"] if "widths" in (conf_dir() / "experiment" / f"{name}.yaml").read_text() else []
-    code, _, err = run(f"experiment={name}", "trainer.max_epochs=1", "data.limit=128", "tracking=none",
+    shrink = ["model.widths=[16]"] if "widths" in (config_dir() / "experiment" / f"{name}.yaml").read_text() else []
+    code, _, err = run(f"experiment={name}", "trainer.max_epochs=1", "data.limit=128", "tracking=off",
                        "trainer.progress=none", *shrink)
     assert code == 0, err
 
@@ -248,5 +255,5 @@ def test_every_option_dry_runs(group, run):
         if (group, name) == ("hardware", "gpu"):
             continue
         code, _, err = run("algo=mono_forward", f"{group}={name}", "trainer.max_epochs=1", "data.limit=64",
-                           "data.batch_size=32", "model.widths=[8]", "tracking=none", "trainer.progress=none")
+                           "data.batch_size=32", "model.widths=[8]", "tracking=off", "trainer.progress=none")
         assert code == 0, f"{group}={name}: {err}"

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from onward.algo.base import Rule
-from onward.catalogue import composed, conf_dir, options
+from onward.catalogue import config_dir, options
 from onward.engine import Engine
 from onward.engine.locality import audit, classify
 from onward.engine.schedule import Cosine
 from onward.hardware.base import Hardware, Numerics
 from onward.hardware.formats import Int
-from onward.samples import family, model, optimizer, rule
+from onward.samples import composed, family, model, optimizer, rule
 from onward.seeds import generator
 
 RULES = options("algo")
@@ -48,7 +48,7 @@ def test_claims_are_complete(name):
     assert len(info.differs.split()) >= 3, "say in one line where it differs from its paper"
     assert len(info.equation) > 10
     assert inspect.getdoc(cls)
-    header = (conf_dir() / "algo" / f"{name}.yaml").read_text().splitlines()
+    header = (config_dir() / "algo" / f"{name}.yaml").read_text().splitlines()
     assert header[0] == "# @package _global_", "Hydra reads it in the first line only"
     assert header[1].startswith("# ") and len(header[1]) > 20
     assert header[2].startswith(f"# python train.py algo={name}")
