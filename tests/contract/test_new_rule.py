@@ -57,7 +57,8 @@ def test_one_file_and_one_yaml_pass_the_contract_tests_untouched(copy):
     assert tested.returncode == 0, tested.stdout + tested.stderr
     models = len(list((copy / "conf" / "model").glob("*.yaml")))
     passed = int(re.search(r"(\d+) passed", tested.stdout)[1])
-    of_every_rule = len(re.findall(r'parametrize\("name", RULES\)', (copy / "tests/contract/test_rules.py").read_text()))
+    source = (copy / "tests" / "contract" / "test_rules.py").read_text(encoding="utf-8")
+    of_every_rule = len(re.findall(r'parametrize\("name", RULES\)', source))
     assert passed >= models + 1 + of_every_rule
     assert "failed" not in tested.stdout and "skipped" not in tested.stdout
 
