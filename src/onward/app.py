@@ -155,18 +155,18 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     evaluator = make_trainer(parts, [], run_dir, alone=True)
     if metric not in trainer.callback_metrics:  # the run ended before its first validation
         evaluator.validate(module, RankedLoader(parts.data, "val", seed, 1), verbose=False)
-    selected = float({**evaluator.callback_metrics, **trainer.callback_metrics}[metric])
+    selected = round(float({**evaluator.callback_metrics, **trainer.callback_metrics}[metric]), 6)
     if best:
         state = read_checkpoint(Path(best))
         module.load_state_dict(state["state_dict"])
-        selected = float(saver.best_model_score) if saver.best_model_score is not None else selected
+        selected = round(float(saver.best_model_score), 6) if saver.best_model_score is not None else selected
     results = {f"best/{metric}": selected}
     if settings.test:
         evaluator.test(module, RankedLoader(parts.data, "test", seed, 1), verbose=False)
         results |= {k: v for k, v in module.results.items() if k.startswith("test/")}
     results |= {
-        "seconds": module.train_seconds,
-        "seconds/total": time.perf_counter() - started,
+        "seconds": round(module.train_seconds, 2),
+        "seconds/total": round(time.perf_counter() - started, 2),
         "memory/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
     }
     run.log(results, parts.engine.step_index)

@@ -152,9 +152,10 @@ class ExperimentModule(pl.LightningModule):
             suffix = "" if position == 0 else f"/{readout}"
             total, n = self._losses[readout]
             if n:
-                metrics[f"{split}/loss{suffix}"] = float(total) / n
+                metrics[f"{split}/loss{suffix}"] = round(float(total) / n, 6)
             for name, meter in meters.items():
-                metrics[f"{split}/{name}{suffix}"] = float(meter.compute())
+                # meters compute in float32, whose tail the UI would show
+                metrics[f"{split}/{name}{suffix}"] = round(float(meter.compute()), 6)
         self.primary_readout = next(iter(self._meters), "")
         return metrics
 
