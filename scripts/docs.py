@@ -275,7 +275,8 @@ def index_page() -> str:
                                           and not cost(n)["jvp_passes"]),
         "Controls to compare with": (n for n, info in rules.items() if info.control),
     }
-    mnist = {e["algo"]: beside(e) for e in experiments() if e["data"] == "mnist"}
+    mnist = {n: ["<br>".join(cells) for cells in zip(*found, strict=True)] for n in rules
+             if (found := [beside(e) for e in experiments() if e["algo"] == n and e["data"] == "mnist"])}
     rows = [[f"[{n}](rules/{n}.md)", info.title + (" (control)" if info.control else ""), info.locality, info.passes,
              ratio(n, "flops"), ratio(n, "peak_bytes"), growth_text(n), *mnist.get(n, ["", ""])]
             for n, info in rules.items()]

@@ -183,6 +183,15 @@ def test_peer_normalisation_pulls_activities_together():
     assert spread(3.0) < 0.8 * spread(0.0)
 
 
+def test_frozen_trains_the_readout_alone():
+    rule = ForwardForward(negatives="hybrid", readout="linear", schedule="frozen")
+    engine = make_engine(rule, widths=(30, 30), optimizer=adam(1e-2))
+    before = [p.clone() for p in engine.model.blocks.parameters()]
+    train(engine, epochs=8)
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.model.blocks.parameters(), strict=True))
+    assert 0.5 < accuracy(engine) < 0.93
+
+
 def test_audit_finds_block_locality():
     assert classify(**audit(make_engine(ForwardForward(readout="both")), a_batch())) == "block"
 
@@ -203,7 +212,8 @@ def test_learns_digits(axes, bar):
 @pytest.mark.parametrize(("kwargs", "key"), [
     ({"goodness": "sum_cubes"}, "algo.goodness"), ({"threshold": -1.0}, "algo.threshold"),
     ({"logit_scale": 0.0}, "algo.logit_scale"), ({"peer_normalisation": -0.1}, "algo.peer_normalisation"),
-    ({"negatives": "hybrid"}, "algo.readout"), ({"schedule": "sometimes"}, "algo.schedule"),
+    ({"negatives": "hybrid"}, "algo.readout"), ({"schedule": "frozen"}, "algo.readout"),
+    ({"schedule": "sometimes"}, "algo.schedule"),
 ])
 def test_bad_axes_name_their_key(kwargs, key):
     with pytest.raises(ConfigError) as e:

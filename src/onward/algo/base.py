@@ -110,15 +110,17 @@ class BlockLocal(Rule):
     is run, updated and freed before the next one runs, so peak memory does not grow with depth.
 
     ``schedule``: ``simultaneous`` trains all blocks on every batch; ``greedy`` trains one block after the
-    other, each for an equal share of the run, the blocks before it frozen.
+    other, each for an equal share of the run, the blocks before it frozen. Rules with a readout of their own
+    add ``frozen`` to ``schedules``: no block learns, the control of random features under the same readout.
     """
 
     tier = "BlockLocal"
     eager = True
+    schedules: ClassVar[tuple[str, ...]] = ("simultaneous", "greedy")
 
     def __init__(self, schedule: str = "simultaneous"):
         super().__init__()
-        self.schedule = choice("algo.schedule", schedule, ("simultaneous", "greedy"))
+        self.schedule = choice("algo.schedule", schedule, self.schedules)
 
     def training_batch(self, engine: Engine, batch: Batch) -> Batch:
         """What enters the first block (for example positive and negative samples in one batch)."""
@@ -144,6 +146,8 @@ class BlockLocal(Rule):
         """Blocks that learn at this step."""
         if self.schedule == "simultaneous":
             return range(engine.depth)
+        if self.schedule == "frozen":
+            return range(0)
         total = max(engine.updates.total_steps, 1)
         i = min(engine.step_index * engine.depth // total, engine.depth - 1)
         return range(i, i + 1)

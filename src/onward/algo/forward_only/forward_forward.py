@@ -63,6 +63,7 @@ class ForwardForward(BlockLocal):
     )
 
     end_to_end = False
+    schedules = ("simultaneous", "greedy", "frozen")
 
     def __init__(self, negatives: str = "wrong_label", label_channel: str = "overlay", label_value: float = 1.0,
                  goodness: str = "sum_squares", threshold: float = 1.0, logit_scale: float = 1.0,
@@ -83,6 +84,8 @@ class ForwardForward(BlockLocal):
         if self.negatives == "hybrid" and readout != "linear":
             raise ConfigError("algo.readout", readout, "linear: with negatives=hybrid no label ever enters the "
                               "blocks, so there is no goodness per label")
+        if self.schedule == "frozen" and readout == "per_label":
+            raise ConfigError("algo.readout", readout, "linear or both: with schedule=frozen only a linear readout learns")
         self.threshold, self.logit_scale = threshold, logit_scale
         self.peer_normalisation, self.label_value = peer_normalisation, label_value
         self.normalise_input, self.skip_first = normalise_input, skip_first
