@@ -35,6 +35,6 @@ def run_table(run: Run, task: Task, n_parameters: int, results: dict[str, float]
     table.add_row("peak memory", memory)
     table.add_row("run", str(run.directory))
     table.add_row("look", run.ui_command())
-    # a path or a command that is broken over lines cannot be copied: lines run on instead
-    console = Console(highlight=False)
-    console.print(table, width=max(console.width, 200), no_wrap=True, crop=False, overflow="ignore")
+    # a path or a command that is broken over lines cannot be copied: the table is as wide as it must be
+    width = max(Console().width, 240)
+    Console(width=width, highlight=False).print(table, soft_wrap=True, crop=False)
