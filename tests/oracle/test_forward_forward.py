@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import a_batch, accuracy, adam, digits, gradients, make_engine, sgd, train
 
 from onward.algo.forward_only import negatives as neg
@@ -162,6 +163,14 @@ def test_hybrid_masks_have_large_regions():
     assert abs(masks.mean().item() - 0.5) < 0.03
     same_as_right_neighbour = (masks[..., 1:] == masks[..., :-1]).float().mean().item()
     assert same_as_right_neighbour > 0.85  # 0.5 for independent bits
+
+
+def test_blur_equals_repeated_convolution():
+    x = torch.rand(1, 1, 11, dtype=torch.float64)
+    y = x
+    for _ in range(6):
+        y = F.conv1d(F.pad(y, (1, 1), mode="replicate"), torch.tensor([[[0.25, 0.5, 0.25]]], dtype=torch.float64))
+    assert (x @ neg.blur_matrix(11, 6).double().t() - y).abs().max().item() < 1e-6
 
 
 def test_hybrids_mix_two_samples_and_no_third():

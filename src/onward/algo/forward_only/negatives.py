@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from onward.data.spec import Batch
@@ -37,6 +38,16 @@ def append(x: Tensor, code: Tensor) -> Tensor:
     return torch.cat([code.expand(len(flat), -1).to(flat.dtype), flat], dim=1)
 
 
+@lru_cache
+def blur_matrix(size: int, blurs: int) -> Tensor:
+    """(size, size): ``blurs`` times the kernel [1/4, 1/2, 1/4] with the edge value repeated outside."""
+    once = torch.diag(torch.full((size,), 0.5))
+    for i in range(size):
+        once[i, max(i - 1, 0)] += 0.25
+        once[i, min(i + 1, size - 1)] += 0.25
+    return torch.linalg.matrix_power(once, blurs)
+
+
 def blob_masks(n: int, shape: tuple[int, ...], source: torch.Generator, blurs: int = 6) -> Tensor:
     """Binary masks with large connected regions, (n, *shape).
 
@@ -44,23 +55,14 @@ def blob_masks(n: int, shape: tuple[int, ...], source: torch.Generator, blurs: i
     (Hinton 2022, section 3.2, for images; one axis for vectors and the time axis for sequences).
     """
     if len(shape) == 3:  # an image (C, H, W): one mask for all channels
-        size = shape[1:]
-    elif len(shape) == 2:  # a sequence (T, D): whole steps are exchanged
-        size = (shape[0],)
-    else:
-        size = shape
-    mask = torch.randint(0, 2, (n, 1, *size), generator=source).float()
-    kernel = torch.tensor([0.25, 0.5, 0.25])
-    for _ in range(blurs):
-        if len(size) == 2:
-            mask = F.conv2d(F.pad(mask, (0, 0, 1, 1), mode="replicate"), kernel.view(1, 1, 3, 1))
-            mask = F.conv2d(F.pad(mask, (1, 1, 0, 0), mode="replicate"), kernel.view(1, 1, 1, 3))
-        else:
-            mask = F.conv1d(F.pad(mask, (1, 1), mode="replicate"), kernel.view(1, 1, 3))
-    mask = (mask > 0.5).float()
-    if len(shape) == 2:
-        return mask.squeeze(1).unsqueeze(-1)
-    return mask if len(shape) == 3 else mask.squeeze(1)
+        bits = torch.randint(0, 2, (n, 1, *shape[1:]), generator=source).float()
+        blurred = blur_matrix(shape[1], blurs) @ bits @ blur_matrix(shape[2], blurs).t()
+    else:  # a vector, or a sequence (T, D) of which whole steps are exchanged
+        bits = torch.randint(0, 2, (n, shape[0]), generator=source).float()
+        blurred = bits @ blur_matrix(shape[0], blurs).t()
+        if len(shape) == 2:
+            blurred = blurred.unsqueeze(-1)
+    return (blurred > 0.5).float()
 
 
 def hybrids(x: Tensor, mask: Tensor, shift: int) -> Tensor:
