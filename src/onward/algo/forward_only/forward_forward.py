@@ -85,7 +85,7 @@ class ForwardForward(BlockLocal):
             raise ConfigError("algo.readout", readout, "linear: with negatives=hybrid no label ever enters the "
                               "blocks, so there is no goodness per label")
         if self.schedule == "frozen" and readout == "per_label":
-            raise ConfigError("algo.readout", readout, "linear or both: with schedule=frozen only a linear readout learns")
+            raise ConfigError("algo.readout", readout, "linear or both: with schedule=frozen only that readout learns")
         self.threshold, self.logit_scale = threshold, logit_scale
         self.peer_normalisation, self.label_value = peer_normalisation, label_value
         self.normalise_input, self.skip_first = normalise_input, skip_first
