@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onward.compose import output_root
 from onward.errors import OnwardError, TrackingError
-from onward.tracking.library import client, load_mlflow
+from onward.tracking.backend import client, load_mlflow
 from onward.tracking.reap import reap, upload
 from onward.tracking.settings import TrackingSettings
 from onward.tracking.store import ensure_store, reason, sqlite_path

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from onward.errors import ConfigError, TrackingError
 from onward.tracking import history
-from onward.tracking.library import client, load_mlflow
+from onward.tracking.backend import client, load_mlflow
 from onward.tracking.process import identity, is_dead
 from onward.tracking.sender import PENDING_FILE, Operation, Rejected, apply, read_pending, status
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from onward.errors import Diverged, OnwardError, TrackingError
 from onward.tracking import commands, context, history, note, sender
-from onward.tracking.library import client, load_mlflow
+from onward.tracking.backend import client, load_mlflow
 from onward.tracking.process import Signals, Terminated, identity, is_dead
 from onward.tracking.reap import reap
 from onward.tracking.sender import METRICS_PER_BATCH, Sender

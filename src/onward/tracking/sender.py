@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.tracking.library import load_mlflow
+from onward.tracking.backend import load_mlflow
 from onward.tracking.store import reason
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from onward.errors import TrackingError
 from onward.tracking import view
-from onward.tracking.library import client, load_mlflow, quiet_environment
+from onward.tracking.backend import client, load_mlflow, quiet_environment
 from onward.tracking.settings import TrackingSettings
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from onward.errors import TrackingError
 from onward.tracking import note
-from onward.tracking.library import client, load_mlflow
+from onward.tracking.backend import client, load_mlflow
 from onward.tracking.process import identity
 from onward.tracking.reap import reap
 from onward.tracking.run import PARENT_TAG, source_tags

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from onward.errors import ConfigError, TrackingError
 from onward.tracking import view
-from onward.tracking.library import quiet_environment
+from onward.tracking.backend import quiet_environment
 from onward.tracking.store import sqlite_path
 
 HOST = "127.0.0.1"

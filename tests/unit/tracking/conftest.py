@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from onward.tracking.library import client
+from onward.tracking.backend import client
 from onward.tracking.settings import TrackingSettings
 from onward.tracking.store import ensure_store
 

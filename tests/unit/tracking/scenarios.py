@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from onward.errors import Diverged
-from onward.tracking.library import load_mlflow
+from onward.tracking.backend import load_mlflow
 from onward.tracking.run import Run, TrackingSettings
 
 TAGS = {"algo": "forward_forward", "model": "mlp", "data": "digits", "seed": 0}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from onward.errors import ConfigError, TrackingError
-from onward.tracking.library import client
+from onward.tracking.backend import client
 from onward.tracking.reap import upload
 from onward.tracking.run import Run
 from onward.tracking.settings import TrackingSettings

@@ -16,7 +16,7 @@ import pytest
 from onward.errors import ConfigError, TrackingError
 from onward.tracking import history
 from onward.tracking import run as module
-from onward.tracking.library import client
+from onward.tracking.backend import client
 from onward.tracking.run import Run, find_run_directory
 from onward.tracking.settings import TrackingSettings
 from onward.tracking.store import ensure_experiment, ensure_store

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from onward.tracking import reap as reaping
-from onward.tracking.library import client
+from onward.tracking.backend import client
 from onward.tracking.run import Run
 from onward.tracking.store import ensure_store
 

@@ -20,7 +20,7 @@ import pytest
 
 from onward.errors import TrackingError
 from onward.tracking import store as module
-from onward.tracking.library import client, load_mlflow
+from onward.tracking.backend import client, load_mlflow
 from onward.tracking.run import Run
 from onward.tracking.settings import TrackingSettings
 from onward.tracking.store import ensure_experiment, ensure_store, schema_version, template

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from onward.errors import Diverged
-from onward.tracking.library import client
+from onward.tracking.backend import client
 from onward.tracking.run import Run
 from onward.tracking.settings import TrackingSettings
 from onward.tracking.store import ensure_store
