@@ -296,7 +296,7 @@ def platform_steps(make: Callable, optimizer, batch_size: int, steps: int, chunk
     with tempfile.TemporaryDirectory() as folder:
         settings = TrackingSettings(outputs=Path(folder))
         with Run.start(settings, name="benchmark", directory=Path(folder) / "run", params={}, tags={}) as run:
-            module = ExperimentModule(e, log=run.log, window=max(1, steps // 200))
+            module = ExperimentModule(e, log=run.log, window=max(10, steps // 200))
             trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, callbacks=[Stamp()],
                                  enable_progress_bar=False, enable_model_summary=False,
                                  enable_checkpointing=False, use_distributed_sampler=False, limit_val_batches=0,

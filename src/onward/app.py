@@ -132,7 +132,7 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     """The Trainer around the rule: fit, then test the checkpoint that validation selected."""
     settings, task, runtime = parts.settings, parts.spec.task, parts.hardware.runtime
     module = ExperimentModule(parts.engine, log=run.log, probes=parts.probes, max_steps=settings.max_steps,
-                              window=max(1, parts.total_steps // 200), identity=identity)
+                              window=max(10, parts.total_steps // 200), identity=identity)
     metric, mode = f"val/{task.metric}", "max" if task.maximise else "min"
     saver, *others = savers(run_dir / "checkpoints", metric, mode)
     callbacks: list[Any] = [Progress(settings.progress, metric, parts.total_steps)]
@@ -293,5 +293,6 @@ def quiet_lightning() -> None:
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*`validation_step` but have no `val_dataloader`.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

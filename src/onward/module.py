@@ -105,7 +105,9 @@ class ExperimentModule(pl.LightningModule):
             else:
                 means[f"train/{name}"] = value
         self._sums, self._count = {}, 0
-        bad = [name for name, value in means.items() if not torch.isfinite(value)]
+        # one look at all of them: every look at a tensor waits for the device
+        finite = torch.isfinite(torch.stack(list(means.values()))).tolist()
+        bad = [name for name, fine in zip(means, finite, strict=True) if not fine]
         if bad:
             raise Diverged(f"{', '.join(bad)} is not finite at update {self.engine.step_index}: the run diverged "
                            f"(a smaller optimizer.lr, or trainer.clip_norm, may help)")
