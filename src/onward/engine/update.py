@@ -20,9 +20,8 @@ class UpdateChain:
     """Owns every optimizer. A *group* is what is updated together: a block, the readout, shared parameters.
 
     ``eager``: every group has its own optimizer and is written as soon as its gradient is there, so that
-    no more than one group's gradients live at a time. Otherwise one optimizer holds a parameter group per
-    group and is stepped once, which is faster on small nets and the same arithmetic for element-wise
-    optimizers. Clipping is by the norm of what is stepped together: a group if eager, else everything.
+    no more than one group's gradients live at a time. Otherwise one optimizer holds everything and is
+    stepped once, which is faster on small nets and the same arithmetic for element-wise optimizers. Clipping is by the norm of what is stepped together: a group if eager, else everything.
     """
 
     def __init__(self, groups: dict[str, list[nn.Parameter]], optimizer: OptimizerFactory, *,
@@ -41,7 +40,7 @@ class UpdateChain:
         if eager:
             self.optimizers = {name: optimizer(params) for name, params in self.groups.items()}
         elif self.groups:
-            self.optimizers = {"all": optimizer([{"params": p} for p in self.groups.values()])}
+            self.optimizers = {"all": optimizer([p for params in self.groups.values() for p in params])}
         for made in self.optimizers.values():
             for group in made.param_groups:
                 group["initial_lr"] = group["lr"]
