@@ -138,6 +138,11 @@ class BlockLocal(Rule):
         """Closed form of :meth:`local_loss`: (loss, dL/dh, gradients of ``local_module(i)``), or None."""
         return None
 
+    @property
+    def vanishes_with_output(self) -> bool:
+        """True where dL/dh is zero wherever h is zero, as for losses of squared activities."""
+        return False
+
     def finish(self, engine: Engine, h: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What is trained after the blocks, on the original batch: by default the model's readout is not."""
         return {}
@@ -169,7 +174,7 @@ class BlockLocal(Rule):
             if closed is None:
                 closed = engine.objective(i, h, lambda out, i=i: self.local_loss(i, out, entered))
             loss, cotangent, local_grads = closed
-            own_grads, _ = tape.vjp(cotangent)
+            own_grads, _ = tape.vjp(cotangent, vanishing=self.vanishes_with_output)
             engine.update(i, [*own_grads, *local_grads])
             losses[i] = loss
             del tape, cotangent, own_grads, local_grads, closed, loss

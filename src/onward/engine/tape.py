@@ -31,13 +31,14 @@ class Tape:
     """The output of one unit (a block or the readout) and its vector-Jacobian product.
 
     ``output`` is detached. ``vjp(cotangent)`` returns the gradients of the unit's own parameters, in the
-    order of ``unit.parameters()``, and, if asked for, of its input.
+    order of ``unit.parameters()``, and, if asked for, of its input. ``vanishing`` promises that the cotangent
+    is zero wherever the output is, so that a ReLU's mask need not be applied again.
     """
 
     output: Tensor
 
     def vjp(self, cotangent: Tensor, *, parameters: bool = True, inputs: bool = False,
-            retain: bool = False) -> tuple[list[Tensor], Tensor | None]:
+            retain: bool = False, vanishing: bool = False) -> tuple[list[Tensor], Tensor | None]:
         raise NotImplementedError
 
 
@@ -59,9 +60,11 @@ class DenseTape(Tape):
         """``act'(z) dz``: every closed form here has a diagonal Jacobian, so push and pull are the same."""
         return _BACKWARD_FROM_OUTPUT[self.name](dz, self.output)
 
-    def vjp(self, cotangent, *, parameters=True, inputs=False, retain=False):
+    def vjp(self, cotangent, *, parameters=True, inputs=False, retain=False, vanishing=False):
         with torch.no_grad():
-            dz = _BACKWARD_FROM_OUTPUT[self.name](cotangent, self.output)
+            dz = cotangent
+            if not (vanishing and self.name == "relu"):
+                dz = _BACKWARD_FROM_OUTPUT[self.name](cotangent, self.output)
             grads: list[Tensor] = []
             if parameters:
                 rows, x = dz.reshape(-1, dz.shape[-1]), self.x.reshape(-1, self.x.shape[-1])
@@ -84,7 +87,7 @@ class AutogradTape(Tape):
             self._graph = run(self.x)
         self.output = self._graph.detach()
 
-    def vjp(self, cotangent, *, parameters=True, inputs=False, retain=False):
+    def vjp(self, cotangent, *, parameters=True, inputs=False, retain=False, vanishing=False):
         wanted = list(self.parameters) if parameters else []
         if inputs:
             wanted.append(self.x)

@@ -215,6 +215,10 @@ class ForwardForward(BlockLocal):
             getattr(self, f"activity_{i}").copy_(m)
         return loss, grad, []
 
+    @property
+    def vanishes_with_output(self):
+        return not self.peer_normalisation  # the peer term also moves units that are silent
+
     # ------------------------------------------------------------------ readouts
 
     def _features(self, engine, batch) -> Tensor:
