@@ -121,7 +121,7 @@ def _table(rows, width: int, wide: bool = False) -> list[str]:
     column = min(max(len(name) for name, _ in rows), width - 30 if wide else 34) + 4
     lines = []
     for name, text in rows:
-        wrapped = textwrap.wrap(text, max(width - column, 24)) or [""]
+        wrapped = textwrap.wrap(text, max(width - column, 24), break_on_hyphens=False) or [""]
         head = f"  {name}"
         if len(head) + 2 > column:
             lines.append(head)

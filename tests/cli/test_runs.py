@@ -244,8 +244,8 @@ def test_profile_writes_its_tables(run, store):
 def test_every_experiment_dry_runs(name, run, data_root, monkeypatch):
     monkeypatch.setenv("ONWARD_DATA", str(data_root))
     shrink = ["model.widths=[16]"] if "widths" in (config_dir() / "experiment" / f"{name}.yaml").read_text() else []
-    code, _, err = run(f"experiment={name}", "trainer.max_epochs=1", "data.limit=128", "tracking=off",
-                       "trainer.progress=none", *shrink)
+    code, _, err = run(f"experiment={name}", "trainer.max_epochs=1", "trainer.validate_every=1",
+                       "data.limit=128", "tracking=off", "trainer.progress=none", *shrink)
     assert code == 0, err
 
 

@@ -21,7 +21,8 @@ class UpdateChain:
 
     ``eager``: every group has its own optimizer and is written as soon as its gradient is there, so that
     no more than one group's gradients live at a time. Otherwise one optimizer holds everything and is
-    stepped once, which is faster on small nets and the same arithmetic for element-wise optimizers. Clipping is by the norm of what is stepped together: a group if eager, else everything.
+    stepped once, which is faster on small nets and the same arithmetic for element-wise optimizers.
+    Clipping is by the norm of what is stepped together: a group if eager, else everything.
     """
 
     def __init__(self, groups: dict[str, list[nn.Parameter]], optimizer: OptimizerFactory, *,
