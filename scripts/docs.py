@@ -357,7 +357,8 @@ def experiments_page() -> str:
         "`reported` is the source's figure, `obtained` what the command gave here: test accuracy of the checkpoint "
         "that validation selected, mean and sample standard deviation over seeds, written into conf/experiment/ by "
         "`python scripts/reproduce.py`. Experiments are shorter or smaller than their sources where those take "
-        "hours; the source's setting is named beside its figure."), "",
+        "hours; the source's setting is named beside its figure. The settings were found with test figures in view "
+        "and with unequal effort per rule: these runs show that a rule works, not which rule is better."), "",
         *table(["experiment", "rule", "model", "data", "reported", "obtained"], rows), "",
         *[line for e in experiments() for line in experiment_lines(e)]])
 
