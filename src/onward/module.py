@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from onward.data.spec import Batch
 from onward.engine import Engine
-from onward.errors import Diverged
+from onward.metrics import Meters, Window, named, require_finite
 from onward.probe.base import Probe
 
 Log = Callable[[dict[str, float | Tensor], int], None]
@@ -25,6 +25,8 @@ class Tick(torch.optim.Optimizer):
 
     def step(self, closure=None):
         return None
+
+    step.hooked = True  # torch would wrap it into a profiler record, which costs more than the rest of the step
 
 
 class ExperimentModule(pl.LightningModule):
@@ -47,10 +49,18 @@ class ExperimentModule(pl.LightningModule):
         self.window, self.max_steps = max(window, 1), max_steps
         self.identity = identity or {}
         self.train_seconds = 0.0
+        self.samples = 0
         self.results: dict[str, float] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-        self._meters: dict[str, dict] = {}
+        self._window = Window()
+        self._means: dict[str, float] = {}
+        self._meters = Meters(engine.task, self.rule.has_logits)
+
+    def __setattr__(self, name, value):
+        # Lightning sets this one twice around every hook; Module's search for parameters is wasted on it
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     # ------------------------------------------------------------------ training
 
@@ -73,15 +83,9 @@ class ExperimentModule(pl.LightningModule):
             for probe in self.probes:
                 if probe.due(engine.step_index):
                     self._probe(probe, part)
-            metrics = engine.train_step(part)
-            sums = self._sums
-            for name, value in metrics.items():
-                if name in sums:
-                    sums[name] += value
-                else:
-                    sums[name] = value.clone()
-            self._count += 1
-            if self._count >= self.window:
+            self._window.add(engine.train_step(part))
+            self.samples += part.total if part.total is not None else len(part)
+            if self._window.count >= self.window:
                 self._flush()
             if engine.step_index == self.max_steps:
                 self.trainer.should_stop = True
@@ -94,27 +98,16 @@ class ExperimentModule(pl.LightningModule):
         self._resumed_at += time.perf_counter() - started  # measuring is not training
 
     def _flush(self) -> None:
-        if not self._count:
-            return
-        means: dict[str, Tensor] = {}
-        for name, value in self._sums.items():
-            value = value / self._count
-            if value.dim():
-                group, what = name.split("/", 1)
-                means |= {f"{group}/{i}/{what}": v for i, v in enumerate(value)}
-            else:
-                means[f"train/{name}"] = value
-        self._sums, self._count = {}, 0
-        # one look at all of them: every look at a tensor waits for the device
-        finite = torch.isfinite(torch.stack(list(means.values()))).tolist()
-        bad = [name for name, fine in zip(means, finite, strict=True) if not fine]
-        if bad:
-            raise Diverged(f"{', '.join(bad)} is not finite at update {self.engine.step_index}: the run diverged "
-                           f"(a smaller optimizer.lr, or trainer.clip_norm, may help)")
-        self.log_metrics(means, self.engine.step_index)
+        if self._window.count:
+            self._means = named(self._window.take())
+            require_finite(self._means, self.engine.step_index)
+            self.log_metrics(self._means, self.engine.step_index)
+            self.rule.watch(self._means)
 
     def on_train_epoch_end(self):
         self._flush()
+        if self.current_epoch == 0:
+            self.rule.watch(self._means, first_epoch_over=True)
 
     def on_validation_start(self):
         self._pause()
@@ -129,37 +122,16 @@ class ExperimentModule(pl.LightningModule):
     # ------------------------------------------------------------------ evaluation
 
     def _begin_evaluation(self) -> None:
-        self._meters, self._losses = {}, {}
+        self._meters = Meters(self.engine.task, self.rule.has_logits)
 
     def _evaluate(self, batch: Batch) -> None:
-        task = self.engine.task
         with self.engine.inference():
             scores = self.rule.predict(self.engine, batch.unlabelled())
-        for readout, values in scores.items():
-            rows, targets = task.select(values, batch)
-            if readout not in self._meters:
-                self._meters[readout] = {k: m.to(rows.device) for k, m in task.metrics().items()}
-                self._losses[readout] = [torch.zeros((), device=rows.device), 0]
-            for meter in self._meters[readout].values():
-                meter.update(rows, targets)
-            if self.rule.has_logits(readout):
-                total = self._losses[readout]
-                total[0] += task.row_loss(rows, targets).sum()
-                total[1] += len(rows)
+        self._meters.update(scores, batch)
 
     def _finish_evaluation(self, split: str) -> dict[str, float]:
-        """Metrics of the split: the primary readout without a suffix, the others by their name."""
-        metrics: dict[str, float] = {}
-        for position, (readout, meters) in enumerate(self._meters.items()):
-            suffix = "" if position == 0 else f"/{readout}"
-            total, n = self._losses[readout]
-            if n:
-                metrics[f"{split}/loss{suffix}"] = round(float(total) / n, 6)
-            for name, meter in meters.items():
-                # meters compute in float32, whose tail the UI would show
-                metrics[f"{split}/{name}{suffix}"] = round(float(meter.compute()), 6)
-        self.primary_readout = next(iter(self._meters), "")
-        return metrics
+        self.primary_readout = self._meters.primary
+        return self._meters.finish(split)
 
     def on_validation_epoch_start(self):
         self._begin_evaluation()
@@ -170,11 +142,11 @@ class ExperimentModule(pl.LightningModule):
     def on_validation_epoch_end(self):
         metrics = self._finish_evaluation("val")
         self._flush()
-        self.log_metrics({**metrics, "epoch": float(self.current_epoch + 1)}, self.engine.step_index)
+        spent = {"seconds": round(self.train_seconds, 4), "samples": float(self.samples)}
+        self.log_metrics({**metrics, **spent, "epoch": float(self.current_epoch + 1)}, self.engine.step_index)
         key = f"val/{self.engine.task.metric}"
         value = metrics[key]
-        if not torch.isfinite(torch.tensor(value)):
-            raise Diverged(f"{key} is not finite at update {self.engine.step_index}: the run diverged")
+        require_finite({key: value}, self.engine.step_index)
         # for checkpoint selection and early stopping
         self.log(key, value, sync_dist=False, batch_size=1)
         self.results.update(metrics)
@@ -205,9 +177,11 @@ class ExperimentModule(pl.LightningModule):
         seconds = self.train_seconds
         if getattr(self, "_resumed_at", None) is not None:
             seconds += time.perf_counter() - self._resumed_at
-        checkpoint["onward"] = {**self.identity, "engine": self.engine.state_dict(), "train_seconds": seconds}
+        checkpoint["onward"] = {**self.identity, "engine": self.engine.state_dict(), "train_seconds": seconds,
+                                "samples": self.samples}
 
     def on_load_checkpoint(self, checkpoint):
         state = checkpoint["onward"]
         self.engine.load_state_dict(state["engine"])
         self.train_seconds = float(state["train_seconds"])
+        self.samples = int(state.get("samples", 0))  # absent in checkpoints older than the counter

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from onward.data.spec import Batch
+from onward.errors import Unsupported
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Task:
             return full
         return grad.reshape(scores.shape)
 
+    def loss_and_error(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """:meth:`loss` and :meth:`error` of the same scores, sharing what they have in common."""
+        return self.loss(scores, batch), self.error(scores, batch)
+
     def row_error(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Gradient of every row's loss with respect to its scores, (M, n_outputs)."""
         raise NotImplementedError
@@ -86,10 +91,20 @@ class Classification(Task):
     def loss(self, scores, batch):
         return F.cross_entropy(*self.select(scores, batch))
 
+    def loss_and_error(self, scores, batch):
+        if batch.mask is not None:
+            return super().loss_and_error(scores, batch)
+        rows, targets = self.select(scores, batch)
+        log_p = torch.log_softmax(rows, dim=-1)
+        error = log_p.exp()
+        at = targets.unsqueeze(-1)
+        error.scatter_add_(-1, at, error.new_full((), -1.0).expand(at.shape))
+        return -log_p.gather(-1, at).mean(), error.div_(len(targets)).reshape(scores.shape)
+
     def row_error(self, scores, targets):
         grad = torch.softmax(scores, dim=-1)
-        grad[torch.arange(len(targets), device=targets.device), targets] -= 1.0
-        return grad
+        at = targets.unsqueeze(-1)
+        return grad.scatter_add_(-1, at, grad.new_full((), -1.0).expand(at.shape))
 
     def encode(self, targets):
         return F.one_hot(targets, self.n_outputs).to(torch.get_default_dtype())
@@ -105,9 +120,61 @@ class Classification(Task):
 
 @dataclass(frozen=True)
 class NodeClassification(Classification):
-    """One of ``n_outputs`` classes per node of one graph; the batch mask selects the split's nodes."""
+    """One of ``n_outputs`` classes per node of one graph; the batch mask selects the split's nodes.
+
+    ``train_counts`` are the training nodes of every class, where the data set knows them.
+    """
+
+    train_counts: tuple[int, ...] = field(default=(), compare=False)
 
     name = "node_classification"
+
+
+@dataclass(frozen=True)
+class LinkPrediction(Task):
+    """Whether two nodes of one graph are linked; binary cross-entropy, area under the ROC curve.
+
+    Scores are embeddings (N, n_outputs) of all nodes, whose inner products ``z_u . z_v`` are the logits of the
+    batch's pairs (Kipf & Welling 2016, "Variational Graph Auto-Encoders", section 1); a rule that scores pairs in
+    another way hands over one number per pair, (M,). Targets (M,) are 1 for linked pairs and 0 for others: there is
+    no target per node, so rules that need one (``classification`` is False, ``encode`` refuses) do not apply.
+    """
+
+    name = "link_prediction"
+    metric = "auc"
+    maximise = True
+
+    def select(self, scores, batch):
+        if scores.dim() > 1:
+            u, v = batch.pairs
+            scores = torch.linalg.vecdot(scores[u], scores[v])
+        return scores, batch.y
+
+    def row_loss(self, scores, targets):
+        return F.binary_cross_entropy_with_logits(scores, targets.to(scores.dtype), reduction="none")
+
+    def row_error(self, scores, targets):
+        return torch.sigmoid(scores) - targets.to(scores.dtype)
+
+    def error(self, scores, batch):
+        rows, targets = self.select(scores, batch)
+        grad = self.row_error(rows, targets) / len(rows)
+        if scores.dim() == 1:
+            return grad
+        u, v = batch.pairs
+        grad = grad.unsqueeze(1)
+        return torch.zeros_like(scores).index_add_(0, u, grad * scores[v]).index_add_(0, v, grad * scores[u])
+
+    def encode(self, targets):
+        raise Unsupported("link prediction has a target per pair of nodes and none per node, which this rule needs")
+
+    def output(self, scores):
+        return torch.sigmoid(scores) if scores.dim() == 1 else scores
+
+    def metrics(self):
+        from onward.data.metrics import AreaUnderROC
+
+        return {"auc": AreaUnderROC()}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Engine:
         """Let the next pass meet the step's noise from its start: dropout masks, stochastic rounding."""
         # the global stream serves dropout and any stray draw: it too depends on the step alone
         torch.default_generator.manual_seed(derive(self.seed, self.step_index, "global"))
-        self.hardware.begin_step(self.generator)
+        self.hardware.begin_step(self.generator, self.step_index)
 
     def end_step(self) -> None:
         self.updates.end_step()
@@ -103,6 +103,10 @@ class Engine:
     def generator(self, stream: str) -> torch.Generator:
         """A generator of this step's stream of that name."""
         return generator(self.seed, self.step_index, stream)
+
+    def random(self, stream: str, sample: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """Random numbers that belong to no sample: equal in every process."""
+        return sample(self.generator(stream))
 
     def draw(self, stream: str, batch: Batch, sample: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         """Per-sample random numbers: drawn for the global batch, cut to this process's rows."""
@@ -168,8 +172,9 @@ class Engine:
 
     @contextmanager
     def inference(self):
-        """Modules in evaluation mode and no graph, restored on leaving."""
+        """Modules in evaluation mode and no graph, restored on leaving; noise is that of the step, from its start."""
         training = self.model.training
+        self.hardware.begin_step(self.generator, self.step_index)
         self.model.eval()
         self.rule.eval()
         try:
@@ -233,6 +238,19 @@ class Engine:
             return self.fixed_error
         return self.task.error(scores.detach(), batch)
 
+    def loss_and_error(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The task's mean loss over this process's rows (detached), and :meth:`output_error`, made together."""
+        loss, error = self.task.loss_and_error(scores.detach(), batch)
+        return loss, error if self.fixed_error is None else self.fixed_error
+
+    def backward(self, batch: Batch) -> tuple[Tensor, list[list[Tensor | None]]]:
+        """The task's mean loss and its exact gradient by reverse mode through the whole stack, unit by unit."""
+        with torch.enable_grad():
+            scores = self.forward(batch)
+        loss, error = self.loss_and_error(scores, batch)
+        flat = iter(torch.autograd.grad(scores, [p for own in self._own for p in own], error, allow_unused=True))
+        return loss, [[next(flat) for _ in own] for own in self._own]
+
     def objective(self, i: int, h: Tensor, loss_fn: Callable[[Tensor], Tensor],
                   ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Loss on a unit's detached output, its gradient there, and those of the rule's local parameters.
@@ -284,9 +302,9 @@ class Engine:
     def train_readout(self, h: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """One step of the readout on detached features by the task's loss; returns (loss, scores)."""
         tape = self.record(self.depth, h)
-        grads, _ = tape.vjp(self.output_error(tape.output, batch))
-        self.update(self.depth, grads)
-        return self.task.loss(tape.output, batch).detach(), tape.output
+        loss, error = self.loss_and_error(tape.output, batch)
+        self.update(self.depth, tape.vjp(error)[0])
+        return loss, tape.output
 
     def parameters_of(self, i: int) -> list[nn.Parameter]:
         """Unit i's own parameters (without the rule's local ones)."""

@@ -45,7 +45,8 @@ def audit(engine: Engine, batch: Batch, scale: float = 0.05) -> dict[str, Tensor
         trial = copy.deepcopy(engine)
         trial.fixed_error = error
         taken: dict[str, list[Tensor]] = {}
-        take, write, ask = trial.updates.take, trial.updates.write_delta, trial.output_error
+        take, write = trial.updates.take, trial.updates.write_delta
+        ask, ask_both = trial.output_error, trial.loss_and_error
 
         def keep(name, values):
             taken.setdefault(name, []).append(
@@ -63,8 +64,13 @@ def audit(engine: Engine, batch: Batch, scale: float = 0.05) -> dict[str, Tensor
             seen_error.append(ask(scores, given))
             return seen_error[-1]
 
+        def record_both(scores, given):
+            loss, error = ask_both(scores, given)
+            seen_error.append(error)
+            return loss, error
+
         trial.updates.take, trial.updates.write_delta = record_take, record_write
-        trial.output_error = record_error
+        trial.output_error, trial.loss_and_error = record_error, record_both
         if perturbed is not None:
             noise = torch.Generator().manual_seed(1234 + perturbed)
             with torch.no_grad():

@@ -47,32 +47,34 @@ class DenseTape(Tape):
 
     def __init__(self, unit: Dense | Readout, x: Tensor):
         self.unit, self.in_shape = unit, x.shape
-        with torch.no_grad():
-            if isinstance(unit, Dense):
-                self.x = unit.flatten(x)
-                self.name = unit.activation_name
-                self.output = unit.act(unit.linear(self.x))
-            else:
-                self.x, self.name = unit.features(x), "identity"
-                self.output = unit.linear(self.x)
+        if isinstance(unit, Dense):
+            self.x, self.name = unit.flatten(x), unit.activation_name
+        else:
+            self.x, self.name = unit.features(x), "identity"
+        self.output = self.affine()
+
+    def affine(self) -> Tensor:
+        """``act(x W^T + b)``."""
+        z = self.unit.linear(self.x)
+        return self.unit.act(z) if isinstance(self.unit, Dense) else z
 
     def push(self, dz: Tensor) -> Tensor:
         """``act'(z) dz``: every closed form here has a diagonal Jacobian, so push and pull are the same."""
         return _BACKWARD_FROM_OUTPUT[self.name](dz, self.output)
 
     def vjp(self, cotangent, *, parameters=True, inputs=False, retain=False, vanishing=False):
-        with torch.no_grad():
-            dz = cotangent
-            if not (vanishing and self.name == "relu"):
-                dz = _BACKWARD_FROM_OUTPUT[self.name](cotangent, self.output)
-            grads: list[Tensor] = []
-            if parameters:
-                rows, x = dz.reshape(-1, dz.shape[-1]), self.x.reshape(-1, self.x.shape[-1])
-                grads.append(rows.t() @ x)
-                if self.unit.linear.bias is not None:
-                    grads.append(rows.sum(0))
-            dx = (dz @ self.unit.linear.weight).reshape(self.in_shape) if inputs else None
-        return grads, dx
+        dz, linear = cotangent, self.unit.linear
+        if not (vanishing and self.name == "relu"):
+            dz = _BACKWARD_FROM_OUTPUT[self.name](cotangent, self.output)
+        grads: list[Tensor] = []
+        if parameters:
+            rows, x = dz, self.x
+            if dz.dim() > 2:
+                rows, x = dz.reshape(-1, dz.shape[-1]), x.reshape(-1, x.shape[-1])
+            grads.append(rows.t() @ x)
+            if linear.bias is not None:
+                grads.append(rows.sum(0))
+        return grads, (dz @ linear.weight).reshape(self.in_shape) if inputs else None
 
 
 class AutogradTape(Tape):

@@ -33,7 +33,7 @@ class UpdateChain:
         if clip_norm is not None and clip_norm <= 0:
             raise ConfigError("trainer.clip_norm", clip_norm, "a positive norm, or null for none")
         self.groups = {name: params for name, params in groups.items() if params}
-        self.hardware, self.eager = hardware, eager
+        self.hardware, self.eager, self.factory = hardware, eager, optimizer
         self.schedule, self.total_steps = schedule or Constant(), total_steps
         self.clip_norm, self.accumulate = clip_norm, accumulate
         self.weight_writes = 0
@@ -106,9 +106,12 @@ class UpdateChain:
         dist.all_reduce(g)
         return g.div_(dist.get_world_size())
 
+    def _clip(self, params: list[nn.Parameter]) -> None:
+        nn.utils.clip_grad_norm_(params, self.clip_norm)
+
     def _write(self, optimizer: Optimizer, params: list[nn.Parameter]) -> None:
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(params, self.clip_norm)
+            self._clip(params)
         hw = self.hardware
         if hw.acts_on("update"):
             before = [p.detach().clone() for p in params]

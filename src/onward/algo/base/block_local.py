@@ -8,6 +8,7 @@ from torch import Tensor
 
 from onward.algo.base.rule import Rule, choice
 from onward.data.spec import Batch
+from onward.errors import ConfigError
 
 if TYPE_CHECKING:
     from onward.engine.engine import Engine
@@ -33,6 +34,12 @@ class BlockLocal(Rule):
     def __init__(self, schedule: str = "simultaneous"):
         super().__init__()
         self.schedule = choice("algo.schedule", schedule, self.schedules)
+
+    def check_plan(self, depth, total_steps):
+        if self.schedule == "greedy" and total_steps < depth:
+            raise ConfigError("algo.schedule", "greedy",
+                              f"simultaneous for a run of {total_steps} updates: one block after the other, {depth} "
+                              f"blocks need at least {depth} (trainer.max_epochs, trainer.max_steps)")
 
     def training_batch(self, engine: Engine, batch: Batch) -> Batch:
         """What enters the first block (for example positive and negative samples in one batch)."""

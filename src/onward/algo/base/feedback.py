@@ -30,11 +30,11 @@ class Feedback(Rule):
         for i in range(engine.depth + 1):
             tapes.append(engine.record(i, h, batch.context))
             h = tapes[-1].output
-        error = engine.output_error(h, batch)
+        loss, error = engine.loss_and_error(h, batch)
         engine.update(engine.depth, tapes[-1].vjp(error)[0])
         error = engine.hardware.apply("error", error)
         for i in range(engine.depth):
             signal = self.teaching_signal(engine, i, error, tapes[i].output)
             engine.update(i, tapes[i].vjp(signal)[0])
             tapes[i] = None
-        return {"loss": engine.task.loss(h, batch)}
+        return {"loss": loss}

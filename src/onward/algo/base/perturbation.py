@@ -51,12 +51,14 @@ class LossOracle:
         params = self.engine.parameters_of(i)
         if not params:
             return []
-        source = self.engine.generator(f"direction/{key}/{i}")
-        flat = DRAWS[self.distribution](sum(p.numel() for p in params), params[0].dtype, source)
-        parts = flat.to(params[0].device).split([p.numel() for p in params])
-        # the same source rounds, so that a direction is the same tensor at every call
-        return [self.engine.hardware.apply("perturbation", z.view(p.shape), source)
-                for z, p in zip(parts, params, strict=True)]
+        stream, sizes, hw = f"direction/{key}/{i}", [p.numel() for p in params], self.engine.hardware
+        flat = self.engine.random(stream, lambda g: DRAWS[self.distribution](sum(sizes), params[0].dtype, g))
+        parts = [z.view(p.shape) for z, p in zip(flat.to(params[0].device).split(sizes), params, strict=True)]
+        if not hw.acts_on("perturbation"):
+            return parts
+        # a source of its own rounds, so that a direction is the same tensor at every call
+        source = self.engine.generator(f"{stream}/rounding")
+        return [hw.apply("perturbation", z, source) for z in parts]
 
     def place(self, key: str, scale: float) -> None:
         """Parameters at ``theta + scale * z(key)``, in place, unit after unit."""

@@ -54,6 +54,9 @@ class Rule(nn.Module):
     eager: ClassVar[bool] = False
     # True: the stack, readout included, is a network from input to scores, which backprop could train too
     end_to_end: ClassVar[bool] = True
+    # True: no derivative with respect to a block's input is ever asked for, or the rule brings a model of what is
+    # there; such a rule trains nets with a physical system before every block
+    physical: ClassVar[bool] = False
 
     def supports(self, model: Stack, spec: DataSpec, hardware: Hardware) -> str | None:
         """None, or one sentence saying why this combination means nothing. Called before setup."""
@@ -66,6 +69,18 @@ class Rule(nn.Module):
     def setup(self, model: Stack, spec: DataSpec) -> Stack:
         """Make heads and feedback for this model; return the stack whose units will be trained."""
         return model
+
+    def check_plan(self, depth: int, total_steps: int) -> None:
+        """Called once before any compute. Raises ConfigError if that many updates cannot train all blocks."""
+
+    def watch(self, means: dict[str, float], first_epoch_over: bool = False) -> None:
+        """Look at the means of a window of updates, by metric name, for signs that a block cannot learn any more.
+
+        Called once per window, and at the end of the first epoch with its last window. May warn through logging.
+
+        Raises:
+            Diverged: which block, and the mend.
+        """
 
     def local_module(self, i: int) -> nn.Module | None:
         """The rule's own module trained together with unit i (a head), if any."""
@@ -85,6 +100,14 @@ class Rule(nn.Module):
     def predict(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
         """Scores by readout name, the primary readout first. ``batch.y`` is None: a readout sees no label."""
         return {"readout": engine.forward(batch)}
+
+    def limit(self) -> Rule | None:
+        """A rule that this one tends to in some limit, set up alike; the alignment probe compares the two."""
+        return None
+
+    def alignment(self, engine: Engine) -> dict[str, float]:
+        """Further figures for the alignment probe, by name below ``align/``."""
+        return {}
 
     def has_logits(self, readout: str) -> bool:
         """True where that readout's scores are logits, so that the task's loss of them means something."""

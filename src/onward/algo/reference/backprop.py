@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from onward.algo.base import Rule, RuleInfo
 
 
@@ -28,14 +26,7 @@ class Backprop(Rule):
     tier = "Global"
 
     def step(self, engine, batch):
-        with torch.enable_grad():
-            scores = engine.forward(batch)
-        error = engine.output_error(scores, batch)
-        params = [p for i in range(engine.depth + 1) for p in engine.parameters_of(i)]
-        grads = torch.autograd.grad(scores, params, error, allow_unused=True)
-        start = 0
-        for i in range(engine.depth + 1):
-            n = len(engine.parameters_of(i))
-            engine.update(i, grads[start:start + n])
-            start += n
-        return {"loss": engine.task.loss(scores.detach(), batch)}
+        loss, grads = engine.backward(batch)
+        for i, own in enumerate(grads):
+            engine.update(i, own)
+        return {"loss": loss}

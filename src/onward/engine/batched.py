@@ -1,0 +1,400 @@
+"""Many trainings of one shape as one batched computation: lanes that differ by seed and learning rate only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from onward.data.spec import Batch, Graph
+from onward.engine.engine import Engine
+from onward.engine.tape import DenseTape, Tape
+from onward.engine.update import UpdateChain
+from onward.errors import Unsupported
+from onward.seeds import generator
+
+
+class BatchedEngine:
+    """K engines trained together: ``theta`` of lane k is row k of every stacked parameter.
+
+    The rule's own ``step`` runs once under ``torch.vmap`` and sees one lane. What it hands over (gradients, deltas)
+    and what it asks for (random numbers) leaves vmap: stacked gradients go to one optimizer per learning rate at the
+    moment they would go to the lane's own, and every lane draws from its own ``(seed, step, stream)``. So a lane
+    computes what it would compute alone, to the rounding of batched products.
+
+    Args:
+        engines: equal in everything but seed and learning rate, freshly built or restored to the same step.
+    Raises:
+        Unsupported: why these engines cannot be trained together.
+    """
+
+    def __init__(self, engines: Sequence[Engine]):
+        first = engines[0]
+        if (refusal := refuse(first)) is not None:
+            raise Unsupported(refusal)
+        self.engines, self.size, self.task = list(engines), len(engines), first.task
+        self.step_index = first.step_index
+        pairs = [_Pair(e.model, e.rule) for e in engines]
+        self._pair = pairs[0]
+        self.parameters = {n: torch.stack([dict(p.named_parameters())[n].detach() for p in pairs])
+                           for n, _ in self._pair.named_parameters()}
+        self.buffers = {n: torch.stack([dict(p.named_buffers())[n] for p in pairs])
+                        for n, _ in self._pair.named_buffers()}
+        self._names = self._group_names()
+        self._chains = self._make_chains()
+        self._lane = _Lane(first, [e.seed for e in engines], self)
+        self._lanes = torch.arange(self.size)
+        self._losses = torch.zeros(self.size, first.depth)
+
+    def _group_names(self) -> dict[str, list[str]]:
+        """Names of the stacked parameters of every update group, in the order gradients are given."""
+        first = self.engines[0]
+        of = {id(p): n for n, p in self._pair.named_parameters()}
+        return {g: [of[id(p)] for p in params] for g, params in first.updates.groups.items()}
+
+    def _make_chains(self) -> list[tuple[slice, UpdateChain]]:
+        """One chain for every run of lanes with the same rate."""
+        names, chains, start = self._names, [], 0
+        rates = [_rate(e) for e in self.engines]
+        for stop in range(1, self.size + 1):
+            if stop < self.size and rates[stop] == rates[start]:
+                continue
+            lanes = slice(start, stop)
+            groups = {g: [nn.Parameter(self.parameters[n][lanes]) for n in ns] for g, ns in names.items()}
+            made = self.engines[start].updates
+            chains.append((lanes, _LaneChain(
+                groups, made.factory, hardware=made.hardware, eager=made.eager, schedule=made.schedule,
+                total_steps=made.total_steps, clip_norm=made.clip_norm, accumulate=made.accumulate)))
+            start = stop
+        return chains
+
+    # ------------------------------------------------------------------ one step
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One update of every lane from its own rows of a :func:`stack`; metrics are (K,) or (K, depth)."""
+        lane = self._lane
+        lane.step_index = self.step_index
+        tensors = {n: t for n in ("x", "y", "index") if (t := getattr(batch, n)) is not None}
+
+        def step(parameters, buffers, tensors, losses, k):
+            lane.enter(k, losses)
+            one = Batch(**tensors, rows=batch.rows, total=batch.total)
+            return functional_call(self._pair, {**parameters, **buffers}, (lane, one, "step"))
+
+        for _, chain in self._chains:
+            chain.begin_step(self.step_index)
+        with torch.no_grad():
+            metrics = vmap(step)(self.parameters, self.buffers, tensors, self._losses, self._lanes)
+        for _, chain in self._chains:
+            chain.end_step()
+        self.step_index += 1
+        return metrics
+
+    def take(self, group: str, grads: Sequence[Tensor | None]) -> None:
+        """Stacked gradients of one group, to each lane's optimizer."""
+        for lanes, chain in self._chains:
+            chain.take(group, [None if g is None else g[lanes] for g in grads])
+
+    def names(self, group: str) -> list[str]:
+        """Names of the parameters of an update group."""
+        return self._names[group]
+
+    def write_delta(self, group: str, deltas: Sequence[Tensor | None]) -> None:
+        """Stacked deltas of one group, written at once."""
+        for lanes, chain in self._chains:
+            chain.write_delta(group, [None if d is None else d[lanes] for d in deltas])
+
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Scores of every lane on the same samples, by readout, (K, B, outputs)."""
+        lane = self._lane
+
+        def predict(parameters, buffers, k):
+            lane.enter(k, None)
+            return functional_call(self._pair, {**parameters, **buffers}, (lane, batch.unlabelled(), "predict"))
+
+        with lane.inference():
+            return vmap(predict)(self.parameters, self.buffers, self._lanes)
+
+    # ------------------------------------------------------------------ lanes as engines
+
+    def write_back(self, k: int) -> Engine:
+        """Lane k's engine with the parameters, buffers and optimizer state it has reached."""
+        engine = self.engines[k]
+        pair = _Pair(engine.model, engine.rule)
+        with torch.no_grad():
+            for n, p in pair.named_parameters():
+                p.copy_(self.parameters[n][k])
+            for n, b in pair.named_buffers():
+                b.copy_(self.buffers[n][k])
+        engine.step_index = self.step_index
+        return engine
+
+    def state(self) -> dict[str, Tensor]:
+        """All stacked parameters and buffers, themselves, not copies."""
+        return {**self.parameters, **self.buffers}
+
+
+def refuse(engine: Engine) -> str | None:
+    """None, or one sentence on why trainings like this one cannot share a computation."""
+    if not engine.hardware.ideal:
+        return "number formats scale by whole tensors, which would mix the trainings"
+    if engine.hardware.opaque:
+        return "a physical system answers one training at a time"
+    if engine.hardware.runtime.devices > 1:
+        return "data-parallel processes already share one training"
+    if any(block.is_stochastic for block in engine.model.blocks):
+        return "dropout draws its masks from one stream, which the trainings would share"
+    if any(block.uses_batch_statistics for block in engine.model.blocks):
+        return "batch normalisation counts its batches in place"
+    if engine.spec.layout == "graph":
+        return "a graph is one sample, whose sparse products have no batched form"
+    return None
+
+
+def stack(batches: Sequence[Batch]) -> Batch:
+    """One batch whose tensors have the lane first."""
+    first = batches[0]
+    index = None if first.index is None else torch.stack([b.index for b in batches])
+    return Batch(torch.stack([b.x for b in batches]), torch.stack([b.y for b in batches]), index=index,
+                 rows=first.rows, total=first.total)
+
+
+def _rate(engine: Engine) -> float:
+    return next((g["lr"] for o in engine.updates.optimizers.values() for g in o.param_groups), 0.0)
+
+
+class _Pair(nn.Module):
+    """A stack and its rule under one roof, so that one functional call exchanges the parameters of both."""
+
+    def __init__(self, model: nn.Module, rule: nn.Module):
+        super().__init__()
+        self.model, self.rule = model, rule
+
+    def forward(self, engine, batch, what):
+        return getattr(self.rule, what)(engine, batch)
+
+
+class _LaneChain(UpdateChain):
+    """The update chain on stacked parameters: what is clipped together is one lane."""
+
+    def _clip(self, params):
+        norm = torch.stack([p.grad.flatten(1).square().sum(1) for p in params if p.grad is not None]).sum(0).sqrt()
+        factor = (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
+        for p in params:
+            if p.grad is not None:
+                p.grad.mul_(factor.view(-1, *[1] * (p.dim() - 1)))
+
+
+class _Lane(Engine):
+    """What the rule meets inside vmap: an engine whose parameters are one lane's."""
+
+    def __init__(self, first: Engine, seeds: Sequence[int], together: BatchedEngine):
+        self.rule, self.model, self.spec, self.task = first.rule, first.model, first.spec, first.task
+        self.hardware, self.units, self.depth = first.hardware, first.units, first.depth
+        self._closed, self.fixed_error = first._closed, None
+        self.updates = SimpleNamespace(total_steps=first.updates.total_steps)
+        self.seeds, self._together = list(seeds), together
+        self.ledger: Counter[str] = Counter()
+        self.step_index, self._lane = first.step_index, None
+        self.block_losses = torch.zeros(first.depth)
+
+    def enter(self, lane: Tensor, losses: Tensor | None) -> None:
+        """Begin the pass of one lane: its number, and the vector its blocks' losses are written to."""
+        self._lane = lane
+        if losses is not None:
+            self.block_losses = losses
+
+    # -- random numbers
+
+    def generator(self, stream):
+        raise Unsupported(f"the rule reads the stream {stream!r} itself instead of asking for numbers")
+
+    def restart_noise(self):
+        """Nothing here is stochastic (see :func:`refuse`)."""
+
+    def draw(self, stream, batch, sample):
+        total = batch.total if batch.total is not None else len(batch)
+        return self.random(stream, lambda g: sample(total, g))
+
+    def random(self, stream, sample):
+        step = self.step_index
+        return _Draw.apply(self._lane, lambda k: sample(generator(self.seeds[k], step, stream)))
+
+    # -- parameters and gradients
+
+    def parameters_of(self, i):
+        return list(self.units[i].parameters())
+
+    def average(self, value):
+        return value
+
+    def update(self, i, grads):
+        if grads:
+            self._hand_over(self._together.take, self.group(i), grads)
+
+    def update_shared(self, grads):
+        self._hand_over(self._together.take, "shared", grads)
+
+    def apply_delta(self, i, deltas):
+        self._hand_over(self._together.write_delta, self.group(i), deltas)
+
+    def _hand_over(self, receive, group: str, values: Sequence[Tensor | None]) -> None:
+        given = [k for k, v in enumerate(values) if v is not None]
+        names = self._together.names(group)
+
+        def deliver(stacked):
+            out: list[Tensor | None] = [None] * len(names)
+            for k, value in zip(given, stacked, strict=True):
+                out[k] = value
+            receive(group, out)
+
+        _HandOver.apply(deliver, *(values[k] for k in given))
+
+    def record(self, i: int, h: Tensor, context: Graph | None = None) -> Tape:
+        if self._closed[i]:
+            self.ledger["unit_forwards"] += 1
+            return _LaneDenseTape(self.units[i], h)
+        return _FunctionalTape(self.units[i], lambda x: self.run(i, x, context), h)
+
+    def jvp(self, i, h, dh, tangents, context=None):
+        if self._closed[i]:
+            return super().jvp(i, h, dh, tangents, context)
+        self.ledger["unit_jvps"] += 1
+        call = _Call(self.units[i])
+        names, own = [n for n, _ in call.named_parameters()], tuple(call.parameters())
+        moved = tuple(torch.zeros_like(p) for p in own) if tangents is None else tuple(tangents)
+
+        def output(parameters, x):
+            return functional_call(call, dict(zip(names, parameters, strict=True)),
+                                   (lambda x: self.run(i, x, context), x))
+
+        if not h.is_floating_point():
+            return torch.func.jvp(lambda parameters: output(parameters, h), (own,), (moved,))
+        return torch.func.jvp(output, (own, h), (moved, torch.zeros_like(h) if dh is None else dh))
+
+    def backward(self, batch):
+        tapes, h = [], batch.x
+        for i in range(self.depth + 1):
+            tapes.append(self.record(i, h, batch.context))
+            h = tapes[-1].output
+        loss, cotangent = self.loss_and_error(h, batch)
+        grads: list[list[Tensor | None]] = [[] for _ in tapes]
+        for i in reversed(range(self.depth + 1)):
+            grads[i], cotangent = tapes[i].vjp(cotangent, inputs=i > 0)
+        return loss, grads
+
+    def objective(self, i, h, loss_fn):
+        module = self.rule.local_module(i)
+        call = _Call(module if module is not None else nn.Module())
+        names = [n for n, _ in call.named_parameters()]
+
+        def loss(leaf, parameters):
+            return functional_call(call, dict(zip(names, parameters, strict=True)), (loss_fn, leaf))
+
+        (dh, grads), value = torch.func.grad_and_value(loss, argnums=(0, 1))(h, tuple(call.parameters()))
+        return value, dh, list(grads)
+
+    @contextmanager
+    def inference(self):
+        with super().inference():
+            yield self
+
+
+class _Call(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
+        return function(leaf)
+
+
+class _LaneDenseTape(DenseTape):
+    """The closed form, with bias and activation inside the one batched product that torch would write as three."""
+
+    def affine(self):
+        linear = self.unit.linear
+        if linear.bias is None or self.x.dim() != 2:
+            return super().affine()
+        z = _Affine.apply(self.x, linear.weight, linear.bias)
+        if self.name == "identity":
+            return z
+        return z.relu_() if self.name == "relu" else self.unit.act(z)
+
+
+class _Affine(torch.autograd.Function):
+    """``x W^T + b`` of every lane by one ``baddbmm``."""
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return torch.addmm(bias, x, weight.t())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info, in_dims, *given):
+        x, weight, bias = (t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape)
+                           for t, d in zip(given, in_dims, strict=True))
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)), 0
+
+
+class _FunctionalTape(Tape):
+    """Any unit through ``torch.func.vjp``, which nests inside vmap."""
+
+    def __init__(self, unit: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor):
+        call = _Call(unit)
+        names, self.real = [n for n, _ in call.named_parameters()], h.is_floating_point()
+
+        def output(parameters, x):
+            return functional_call(call, dict(zip(names, parameters, strict=True)), (run, x))
+
+        given = tuple(call.parameters())
+        if self.real:
+            self.output, self._pull = torch.func.vjp(output, given, h)
+        else:
+            self.output, self._pull = torch.func.vjp(lambda p: output(p, h), given)
+
+    def vjp(self, cotangent, *, parameters=True, inputs=False, retain=False, vanishing=False):
+        found = self._pull(cotangent)
+        return list(found[0]) if parameters else [], found[1] if inputs and self.real else None
+
+
+class _Draw(torch.autograd.Function):
+    """Random numbers of every lane from that lane's own source."""
+
+    @staticmethod
+    def forward(lane, make):
+        return make(int(lane))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info, in_dims, lane, make):
+        return torch.stack([make(k) for k in lane.tolist()]), 0
+
+
+class _HandOver(torch.autograd.Function):
+    """Stacked tensors, given to code outside vmap at this very point of the pass."""
+
+    @staticmethod
+    def forward(deliver, *values):
+        raise RuntimeError("a lane's updates are handed over inside vmap only")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing is kept."""
+
+    @staticmethod
+    def vmap(info, in_dims, deliver, *values):
+        deliver([v.movedim(d, 0) if d is not None else v.expand(info.batch_size, *v.shape)
+                 for v, d in zip(values, in_dims[1:], strict=True)])
+        return torch.zeros(()), None
