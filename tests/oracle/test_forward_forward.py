@@ -11,6 +11,7 @@ from support import a_batch, accuracy, adam, digits, gradients, make_engine, sgd
 
 from onward.algo.forward_only import negatives as neg
 from onward.algo.forward_only.forward_forward import ForwardForward
+from onward.algo.forward_only.goodness import GOODNESS, LOSSES
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification, LanguageModelling, Regression
 from onward.engine.locality import audit, classify
@@ -22,24 +23,29 @@ AXES = [
     {"goodness": "mean_squares", "logit_scale": 10.0},
     {"peer_normalisation": 0.03},
     {"goodness": "mean_squares", "peer_normalisation": 0.5, "normalisation": "l2"},
+    *({"goodness": g, "loss": loss, "logit_scale": 0.7} for g in GOODNESS for loss in LOSSES
+      if not (loss == "entropy" and g.startswith("minus"))),
 ]
 
 
-@pytest.mark.parametrize("axes", AXES)
-def test_closed_form_equals_autograd(axes):
+@pytest.mark.parametrize(("axes", "positives"), [
+    (axes, n) for axes in AXES for n in (6, 12, 0) if n == 6 or not LOSSES[axes.get("loss", "logistic")].pairwise])
+def test_closed_form_equals_autograd(axes, positives):
     rule = ForwardForward(**axes)
     make_engine(rule, widths=(7, 5), dtype=torch.float64)
     h = torch.rand(12, 7, dtype=torch.float64) * 2
+    batch = neg.Contrast(h, positives=positives)
     state = {n: b.clone() for n, b in rule.named_buffers()}
-    loss, grad, local = rule.local_gradient(0, h, a_batch())
+    loss, grad, local = rule.local_gradient(0, h, batch)
     for n, b in rule.named_buffers():
         b.copy_(state[n])
     leaf = h.clone().requires_grad_()
-    reference = rule.local_loss(0, leaf, a_batch())
+    reference = rule.local_loss(0, leaf, batch)
     (expected,) = torch.autograd.grad(reference, leaf)
     assert local == []
     assert abs(loss - reference).item() < 1e-12
     assert (grad - expected).abs().max().item() < 1e-12
+    assert grad.abs().max().item() > 1e-4
 
 
 def test_update_equals_a_hand_written_step():

@@ -1,7 +1,9 @@
-"""Negative samples and label channels of the Forward-Forward family."""
+"""Negative samples of the Forward-Forward family."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -9,6 +11,16 @@ from torch import Tensor
 
 from onward.data.spec import Batch
 from onward.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Contrast(Batch):
+    """What enters the first block: ``positives`` positive samples, then the negative ones."""
+
+    positives: int = 0
+
+
+# ---------------------------------------------------------------------- labels
 
 
 def wrong_labels(y: Tensor, n_classes: int, shift: Tensor) -> Tensor:
@@ -25,6 +37,18 @@ def draw_wrong_labels(engine, batch: Batch, n_classes: int) -> Tensor:
     return wrong_labels(batch.y, n_classes, shift.to(batch.y.device))
 
 
+def hard_labels(y: Tensor, scores: Tensor, uniform: Tensor) -> Tensor:
+    """A wrong label drawn with its probability under ``softmax(scores)`` given that the true one is excluded, (B,).
+
+    ``uniform``: (B,) numbers in [0, 1), inverted through the cumulative distribution.
+    """
+    masked = scores.scatter(1, y.unsqueeze(1), -torch.inf)
+    below = torch.softmax(masked, dim=1).cumsum(1)
+    # strictly above: an excluded class has no step of its own; rounding of the last sum must not leave the range
+    drawn = (below <= uniform.unsqueeze(1).to(below) * below[:, -1:]).sum(1).clamp_max(scores.shape[1] - 1)
+    return torch.where(drawn == y, masked.argmax(1), drawn)
+
+
 def overlay(x: Tensor, code: Tensor) -> Tensor:
     """x with the first K entries of every (flattened) sample replaced by ``code`` (B, K) or (K,)."""
     flat = x.flatten(1).clone()
@@ -36,6 +60,25 @@ def append(x: Tensor, code: Tensor) -> Tensor:
     """(B, K + D): ``code`` in front of the flattened samples, nothing of them lost."""
     flat = x.flatten(1)
     return torch.cat([code.expand(len(flat), -1).to(flat.dtype), flat], dim=1)
+
+
+# ---------------------------------------------------------------------- other samples of the batch
+
+
+def other_class(batch: Batch, preference: Tensor) -> Tensor:
+    """For every sample the index of the sample of another class that it prefers most, (B,).
+
+    ``preference``: (B, B), higher is better.
+
+    Raises:
+        ConfigError: every sample of the batch is of the same class.
+    """
+    same = batch.y.unsqueeze(1) == batch.y.unsqueeze(0)
+    if bool(same.all()):
+        raise ConfigError("algo.negatives", f"a batch of {len(batch)} of class {int(batch.y[0])} only",
+                          "batches of two classes or more for negatives from other images: shuffle the data, choose "
+                          "a data.batch_size that leaves no such rest, or use algo.negatives=wrong_label")
+    return preference.masked_fill(same, -torch.inf).argmax(1)
 
 
 @lru_cache
@@ -68,3 +111,64 @@ def blob_masks(n: int, shape: tuple[int, ...], source: torch.Generator, blurs: i
 def hybrids(x: Tensor, mask: Tensor, shift: int) -> Tensor:
     """``m x_a + (1 - m) x_b`` with b another sample of the batch (a rolled by ``shift`` places)."""
     return mask * x + (1 - mask) * x.roll(shift, dims=0)
+
+
+def partner_shift(engine, batch: Batch) -> int:
+    """By how many places the batch is rolled to give every sample another one."""
+    # a batch of one sample has no partner: it is its own, and the two gradients cancel
+    return int(torch.randint(1, max(len(batch), 2), (), generator=engine.generator("negatives/partner")))
+
+
+# ---------------------------------------------------------------------- the choices of algo.negatives
+
+
+def _wrong_label(rule, engine, batch):
+    return batch.x, draw_wrong_labels(engine, batch, rule.n_classes)
+
+
+def _hard_label(rule, engine, batch):
+    uniform = engine.draw("negatives/hard", batch, lambda n, g: torch.rand(n, generator=g))
+    return batch.x, hard_labels(batch.y, rule.linear_scores(engine, batch), uniform.to(batch.x.device))
+
+
+def _other_image(rule, engine, batch):
+    ranks = torch.rand(len(batch), len(batch), generator=engine.generator("negatives/image"))
+    return batch.x[other_class(batch, ranks.to(batch.x.device))], batch.y
+
+
+def _nearest_image(rule, engine, batch):
+    flat = batch.x.flatten(1)
+    return batch.x[other_class(batch, -torch.cdist(flat, flat))], batch.y
+
+
+def _hybrid(rule, engine, batch):
+    mask = engine.draw("negatives/mask", batch,
+                       lambda n, g: blob_masks(n, tuple(batch.x.shape[1:]), g)).to(batch.x)
+    return hybrids(batch.x, mask, partner_shift(engine, batch)), None
+
+
+def _self_contrastive(rule, engine, batch):
+    return torch.cat([batch.x, batch.x.roll(partner_shift(engine, batch), dims=0)], dim=1), None
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """One way to make negatives.
+
+    draw: ``(rule, engine, batch) -> (samples, labels)``; labels are None where none enters the blocks.
+    labelled: the label channel is in use. mixes: samples of one batch are combined.
+    """
+
+    draw: Callable
+    labelled: bool = True
+    mixes: bool = False
+
+
+NEGATIVES = {
+    "wrong_label": Negatives(_wrong_label),
+    "hard_label": Negatives(_hard_label),
+    "other_image": Negatives(_other_image, mixes=True),
+    "nearest_image": Negatives(_nearest_image, mixes=True),
+    "hybrid": Negatives(_hybrid, labelled=False, mixes=True),
+    "self_contrastive": Negatives(_self_contrastive, labelled=False, mixes=True),
+}
