@@ -44,6 +44,13 @@ class FullGradientReLU(nn.Module):
         return _FullGradientReLU.apply(z)
 
 
+class Erf(nn.Module):
+    """``erf(z / sqrt 2)``, the sigmoid whose Gaussian averages are known in closed form."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.erf(z * 2**-0.5)
+
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "relu_full": FullGradientReLU,
@@ -53,7 +60,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "silu": nn.SiLU,
     "elu": nn.ELU,
+    "hardswish": nn.Hardswish,
     "softplus": nn.Softplus,
+    "erf": Erf,
     "identity": nn.Identity,
 }
 

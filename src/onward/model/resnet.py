@@ -12,9 +12,11 @@ from onward.errors import ConfigError
 from onward.model.base import Block, Stack, activation, head, require_layout
 from onward.model.check import check_activation, choice, positive
 from onward.model.cnn import Conv
+from onward.model.conv_layer import ConvLayer
 from onward.model.maps import MAP_NORMS, map_norm
 
 SHORTCUTS = ("pad", "projection")
+GRANULARITIES = ("block", "layer")
 # Depths of the ImageNet family of basic units; their stages are width, 2, 4 and 8 times width.
 FOUR_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
@@ -107,29 +109,43 @@ def stages(depth: int) -> tuple[int, ...]:
 
 
 def resnet(spec: DataSpec, depth: int = 8, width: int = 16, activation: str = "relu", norm: str = "batch",
-           shortcut: str = "pad", branch_init: str = "random") -> Stack:
+           shortcut: str = "pad", branch_init: str = "random", granularity: str = "block") -> Stack:
     """Residual network for small images: 3x3 stem, stages of residual units, linear readout of their mean.
 
     Depth 6n+2 is the CIFAR network (He et al. 2016, sec. 4.2): n units at ``width``, n at 2 and n at 4 times
     ``width``, the first unit of each later stage halving the map. Depth 18 and 34 are the four-stage networks
     (table 1) with the same 3x3 stem; their paper's width is 64.
 
+    ``granularity``: ``block`` makes a residual unit one block; ``layer`` makes every convolution one, for rules that
+    train single layers. Shortcuts do not reach across blocks, so ``layer`` gives the paper's plain network.
+
     Raises:
         Unsupported: data that are not images.
-        ConfigError: a depth of neither family, a bad width, an unknown activation, norm, shortcut or
-            branch_init.
+        ConfigError: a depth of neither family, a bad width, an unknown activation, norm, shortcut, branch_init
+            or granularity; a branch that starts at zero where there is no shortcut.
     """
     require_layout(spec, "resnet", "image")
     units = stages(depth)
     positive("model.width", width)
     check_activation(activation)
     choice("model.norm", norm, MAP_NORMS)
+    choice("model.shortcut", shortcut, SHORTCUTS)
+    choice("model.granularity", granularity, GRANULARITIES)
+    if granularity == "layer" and branch_init == "zero":
+        raise ConfigError("model.branch_init", branch_init, "random: with model.granularity=layer no unit has a "
+                                                            "shortcut, and a zero branch would pass nothing on")
     blocks: list[Block] = [Conv(spec.input_shape, width, activation_name=activation, norm=norm,
                                 bias=norm == "none")]
     for stage, n_units in enumerate(units):
         for unit in range(n_units):
+            channels, stride = width * 2**stage, 2 if stage and not unit else 1
+            if granularity == "layer":
+                for s in (stride, 1):
+                    blocks.append(ConvLayer(blocks[-1].out_shape, channels, stride=s, activation_name=activation,
+                                            norm=norm))
+                continue
             blocks.append(ResidualUnit(
-                blocks[-1].out_shape, width * 2**stage, stride=2 if stage and not unit else 1,
+                blocks[-1].out_shape, channels, stride=stride,
                 activation_name=activation, norm=norm, shortcut=shortcut, branch_init=branch_init,
             ))
     return Stack(blocks, head(blocks[-1], spec, how="mean"))

@@ -17,11 +17,13 @@ from onward.errors import ConfigError, Unsupported
 from onward.model.cnn import cnn
 from onward.model.gnn import gnn
 from onward.model.mlp import mlp
+from onward.model.mobilenet_v3 import mobilenet_v3
 from onward.model.resnet import resnet
 from onward.model.rnn import rnn
 from onward.model.transformer import transformer
 
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "transformer": transformer, "gnn": gnn, "rnn": rnn}
+MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "mobilenet_v3": mobilenet_v3, "transformer": transformer,
+          "gnn": gnn, "rnn": rnn}
 CONF = Path(__file__).parents[3] / "conf" / "model"
 
 CASES = [
@@ -31,9 +33,14 @@ CASES = [
     ("cnn", "image", {"channels": [8], "norm": "group", "pooling": "avg", "activation": "gelu"}),
     ("cnn", "image", {"channels": [8], "norm": "layer", "pooling": "none", "kernel_size": 5,
                       "readout": "flatten"}),
+    ("cnn", "image", {"channels": [10, 20], "class_groups": "alternate", "norm": "batch"}),
     ("resnet", "image", {"width": 4}),
     ("resnet", "image", {"width": 4, "norm": "none", "shortcut": "projection", "activation": "tanh"}),
     ("resnet", "image", {"width": 4, "norm": "group", "branch_init": "zero"}),
+    ("resnet", "image", {"width": 4, "granularity": "layer"}),
+    ("mobilenet_v3", "image", {"width": 0.25}),
+    ("mobilenet_v3", "image", {"width": 0.25, "norm": "none", "hidden": 12, "activation": "silu"}),
+    ("mobilenet_v3", "image", {"width": 0.25, "norm": "group", "granularity": "layer"}),
     ("transformer", "image", {"dim": 8, "depth": 2, "heads": 2}),
     ("transformer", "sequence", {"dim": 8, "depth": 1, "heads": 2, "norm": "rms", "activation": "relu"}),
     ("transformer", "tokens", {"dim": 8, "depth": 2, "heads": 2}),
@@ -129,6 +136,7 @@ def test_a_copy_and_a_pickle_compute_the_same(built):
     ("mlp", ["tokens"]),
     ("cnn", ["flat", "sequence", "tokens", "graph"]),
     ("resnet", ["flat", "sequence", "tokens", "graph"]),
+    ("mobilenet_v3", ["flat", "sequence", "tokens", "graph"]),
     ("transformer", ["flat", "graph"]),
     ("gnn", ["flat", "image", "sequence", "tokens"]),
     ("rnn", ["flat", "graph"]),
@@ -149,6 +157,10 @@ def test_data_that_a_model_cannot_read_are_refused_by_name(name, kinds, make):
     ("resnet", "image", "depth", 9), ("resnet", "image", "depth", 2), ("resnet", "image", "width", 0),
     ("resnet", "image", "shortcut", "none"), ("resnet", "image", "branch_init", "one"),
     ("resnet", "image", "norm", "rms"), ("resnet", "image", "activation", None),
+    ("cnn", "image", "class_groups", "all"), ("resnet", "image", "granularity", "layers"),
+    ("mobilenet_v3", "image", "width", 0), ("mobilenet_v3", "image", "width", True),
+    ("mobilenet_v3", "image", "hidden", -1), ("mobilenet_v3", "image", "norm", "rms"),
+    ("mobilenet_v3", "image", "activation", "hardswisch"), ("mobilenet_v3", "image", "granularity", "unit"),
     ("transformer", "image", "patch_size", 3), ("transformer", "image", "patch_size", 0),
     ("transformer", "image", "heads", 5), ("transformer", "sequence", "depth", 0),
     ("transformer", "sequence", "dim", -8), ("transformer", "tokens", "norm", "batch"),

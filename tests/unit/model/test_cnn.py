@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from onward.errors import ConfigError
-from onward.model.cnn import Conv, cnn
+from onward.model.cnn import Conv, SeparatedConv, cnn
 from onward.model.maps import map_norm
 
 
@@ -76,3 +76,27 @@ def test_norms_standardise_over_their_axes(name, axes, groups):
     centred = x - x.mean(dim=axes, keepdim=True)
     expected = centred / (centred.square().mean(dim=axes, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+def test_alternate_blocks_keep_the_channels_of_each_class_apart(make):
+    stack = cnn(make.image(), channels=[20, 40, 20], class_groups="alternate", pooling="none", kernel_size=1).double()
+    assert [type(b) for b in stack.blocks] == [Conv, SeparatedConv, Conv]
+    x = torch.randn(2, 20, 8, 8, dtype=torch.float64)
+    touched = x.clone()
+    touched[:, 6:8] += 1.0  # the input channels of class 3
+    changed = (stack.blocks[1](touched) != stack.blocks[1](x)).any(dim=(0, 2, 3))
+    assert changed[12:16].any() and not changed[:12].any() and not changed[16:].any()
+    with pytest.raises(ConfigError, match=r"model.channels=\[20, 35\] is not valid: multiples of the 10 classes"):
+        cnn(make.image(), channels=[20, 35], class_groups="alternate")
+
+
+def test_pooling_may_differ_between_blocks(make):
+    spec = make.image(1, 12, 12)
+    stack = cnn(spec, [4, 6, 8], pooling=["max", "none", "avg"])
+    assert [b.out_shape for b in stack.blocks] == [(4, 6, 6), (6, 6, 6), (8, 3, 3)]
+    same = cnn(spec, [4, 6], pooling=["max", "max"])
+    assert [b.out_shape for b in same.blocks] == [b.out_shape for b in cnn(spec, [4, 6]).blocks]
+    for pooling in (["max"], ["max", "none"], ["max", "none", "mix"]):
+        with pytest.raises(ConfigError) as refusal:
+            cnn(spec, [4, 6, 8], pooling=pooling)
+        assert refusal.value.key == "model.pooling"

@@ -51,7 +51,7 @@ def test_gat_equals_dense_attention_whose_rows_sum_to_one(make, dense, x):
     out = []
     for k in range(2):
         h = x @ layer.linear.weight[3 * k:3 * k + 3].T
-        scores = (h @ layer.to_target[k]).unsqueeze(1) + (h @ layer.to_source[k]).unsqueeze(0)
+        scores = (h @ layer.to_target.weight[k]).unsqueeze(1) + (h @ layer.to_source.weight[k]).unsqueeze(0)
         scores = torch.where(scores > 0, scores, 0.2 * scores).masked_fill(edge == 0, -torch.inf)
         alpha = torch.softmax(scores, dim=1)
         edges = layer.edges(graph)
@@ -164,3 +164,18 @@ def test_a_graph_layer_without_a_graph_and_heads_that_do_not_divide_are_refused(
     with pytest.raises(ConfigError, match=r"divisor of each of model\.widths") as refusal:
         gnn(make.graph(), "gat", [8, 6], heads=4)
     assert refusal.value.key == "model.heads"
+
+
+@pytest.mark.parametrize("layer", [GCN, SAGE, GAT])
+def test_extra_features_are_read_beside_the_input_and_zero_where_none_are_given(make, dense, layer, x):
+    options = {"activation_name": "tanh", "norm": "layer", "dropout": 0.3} | ({"heads": 2} if layer is GAT else {})
+    narrow = layer((5,), 4, **options)
+    wide = narrow.with_extra(3).double().eval()
+    assert (wide.in_shape, wide.out_shape, wide.n_in) == ((5,), (4,), 8)
+    assert (wide.activation_name, type(wide.norm), wide.dropout.p) == ("tanh", torch.nn.LayerNorm, 0.3)
+    assert wide.options == narrow.options
+    graph = make.as_graph(dense)
+    both = torch.cat([x, torch.randn(9, 3, dtype=torch.float64)], dim=1)
+    assert not torch.equal(wide(x, graph), wide(both, graph))
+    both[:, 5:] = 0
+    assert torch.equal(wide(x, graph), wide(both, graph))

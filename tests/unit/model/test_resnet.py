@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from onward.errors import ConfigError
 from onward.model.resnet import PadShortcut, ResidualUnit, resnet
 
 
@@ -82,3 +85,24 @@ def test_the_residual_sum_is_the_shortcut_plus_the_branch():
     shortcut = (torch.einsum("oc,nchw->nohw", project.weight[:, :, 0, 0], x[:, :, ::2, ::2])
                 + project.bias.reshape(8, 1, 1))
     torch.testing.assert_close(unit.pre_activation(x), shortcut + branch, rtol=0, atol=1e-12)
+
+
+def test_layers_as_blocks_are_the_plain_network_of_the_same_convolutions(make):
+    """Every block one convolution, the same weights beside the shortcuts' projections (He et al. 2016, fig. 3)."""
+    spec = make.image(3, 32, 32)
+    units, layers = (resnet(spec, depth=18, width=8, shortcut="projection", granularity=g) for g in ("block", "layer"))
+    assert (len(units), len(layers)) == (9, 17)
+    projections = sum(n_parameters(b.shortcut) for b in units.blocks[1:])
+    assert n_parameters(units) - n_parameters(layers) == projections > 0
+    assert all(sum(p.dim() == 4 for p in b.parameters()) == 1 for b in layers.blocks)
+    assert [b.out_shape for b in layers.blocks[2::2]] == [b.out_shape for b in units.blocks[1:]]
+    with pytest.raises(ConfigError, match=r"model.branch_init='zero' is not valid"):
+        resnet(spec, branch_init="zero", granularity="layer")
+
+
+def test_the_preset_is_resnet18(make):
+    config = yaml.safe_load((Path(__file__).parents[3] / "conf" / "model" / "resnet18.yaml").read_text())
+    assert config.pop("_target_") == "onward.model.resnet.resnet"
+    with torch.device("meta"):
+        stack = resnet(make.image(3, 32, 32), **{**config, "width": 64})
+    assert n_parameters(stack) == 11_173_962

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from onward.algo.base import Rule, RuleInfo, choice
+from onward.algo.forward_only.conv_goodness import HEADS, GoodnessHeads
+from onward.algo.forward_only.projection import ProjectionHeads
 from onward.errors import ConfigError
-from onward.model.base import head
 
 
 class DeepSupervision(Rule):
     """Exact gradient of ``sum_i CE(M_i pool(h_i), y)`` through the whole trunk, plus the readout's own loss.
 
     The heads, their pooling and the ``sum`` and ``last`` readouts are those of Mono-Forward, so that the two
-    differ in one thing: here a head's gradient reaches all blocks before it.
+    differ in one thing: here a head's gradient reaches all blocks before it. With a ``goodness`` the heads, their loss
+    and what passes between blocks are those of Scalable Forward-Forward instead, with the same one difference.
 
     Args:
         losses: ``heads`` sums the heads' losses; ``heads_and_readout`` adds the loss of the model's readout.
         readout: ``sum`` predicts from the sum over blocks of the heads' scores, ``last`` from the last head,
             ``readout`` (with ``heads_and_readout``) from the model's readout.
-        pool: how maps and sequences become vectors: ``auto`` (mean), ``mean`` or ``flatten``.
+        pool, grid: how maps and sequences become vectors, see :class:`ProjectionHeads`.
+        goodness: ``projection``, or a goodness of :class:`GoodnessHeads`.
+        loss, normalisation, kernel_size, threshold: as there; with ``projection`` they do nothing.
     Raises:
-        ConfigError: an unknown choice; readout=readout where no loss trains it.
+        ConfigError: an unknown choice, a value outside its range; readout=readout where no loss trains it.
     Source: Lee, Xie, Gallagher, Zhang, Tu 2015, "Deeply-Supervised Nets", section 2 (companion losses).
     """
 
@@ -41,38 +44,41 @@ class DeepSupervision(Rule):
     )
     tier = "Global"
 
-    def __init__(self, losses: str = "heads", readout: str = "sum", pool: str = "auto"):
+    def __init__(self, losses: str = "heads", readout: str = "sum", pool: str = "auto", grid: int = 4,
+                 goodness: str = "projection", loss: str = "threshold", normalisation: str = "auto",
+                 kernel_size: int = 1, threshold: float = 1.0):
         super().__init__()
         self.losses = choice("algo.losses", losses, ("heads", "heads_and_readout"))
         self.readout = choice("algo.readout", readout, ("sum", "last", "readout"))
-        self.pool = choice("algo.pool", pool, ("auto", "mean", "flatten"))
         if self.readout == "readout" and self.losses == "heads":
             raise ConfigError("algo.readout", readout, "sum or last with algo.losses=heads, which leaves the "
                                                        "model's readout untrained")
-        self.heads = nn.ModuleList()
+        choice("algo.goodness", goodness, ("projection", *HEADS))
+        self.heads = ProjectionHeads(pool, grid) if goodness == "projection" else \
+            GoodnessHeads(goodness, loss, normalisation, kernel_size, threshold)
 
     def supports(self, model, spec, hardware):
-        if self.pool == "flatten" and spec.task.per_position:
-            raise ConfigError("algo.pool", self.pool,
-                              f"auto for data={spec.name}, which has a target per position")
-        return None
+        return self.heads.refusal(model, spec)
 
     def setup(self, model, spec):
-        how = None if self.pool == "auto" else self.pool
-        self.heads = nn.ModuleList([head(b, spec, how=how, bias=False) for b in model.blocks])
+        self.heads.attach(model, spec)
         return model
 
     def local_module(self, i):
         return self.heads[i] if i < len(self.heads) else None
 
+    def block_input(self, i: int, h: torch.Tensor) -> torch.Tensor:
+        """What unit i is given instead of the previous output."""
+        return h if i == 0 else self.heads.passed_on(i - 1, h)
+
     def step(self, engine, batch):
         losses, h = [], batch.x
         with torch.enable_grad():
             for i in range(engine.depth):
-                h = engine.run(i, h, batch.context)
-                losses.append(engine.task.loss(self.heads[i](h), batch))
+                h = engine.run(i, self.block_input(i, h), batch.context)
+                losses.append(self.heads.loss(self.heads.scores(i, h), batch))
             if self.losses == "heads_and_readout":
-                losses.append(engine.task.loss(engine.run(engine.depth, h), batch))
+                losses.append(engine.task.loss(engine.run(engine.depth, self.block_input(engine.depth, h)), batch))
             total = torch.stack(losses).sum()
         owned = [[*engine.parameters_of(i), *self.heads[i].parameters()] for i in range(engine.depth)]
         if self.losses == "heads_and_readout":
@@ -83,11 +89,14 @@ class DeepSupervision(Rule):
         return {"loss": total.detach(),
                 **{f"block/{i}/loss": losses[i].detach() for i in range(engine.depth)}}
 
+    def has_logits(self, readout):
+        return readout == "readout" or self.heads.logits
+
     def predict(self, engine, batch):
         scores = []
-        for i, h in engine.hidden(batch):
-            scores.append(self.heads[i](h))
+        for i, h in engine.hidden(batch, self.block_input):
+            scores.append(self.heads.scores(i, h))
         readouts = {"sum": torch.stack(scores).sum(0), "last": scores[-1]}
         if self.losses == "heads_and_readout":
-            readouts["readout"] = engine.run(engine.depth, h)
+            readouts["readout"] = engine.run(engine.depth, self.block_input(engine.depth, h))
         return {self.readout: readouts.pop(self.readout), **readouts}
