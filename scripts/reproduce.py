@@ -1,12 +1,18 @@
-"""Run an experiment over seeds and record what it gave, in the experiment's own file.
+"""Published figures beside what is obtained here: read what is recorded, or run an experiment and record it.
 
-    python scripts/reproduce.py hinton2022_forward_forward_mnist              # seeds 0, 1, 2
+    python scripts/reproduce.py                                               # every experiment, as recorded
+    python scripts/reproduce.py hinton2022_forward_forward_mnist              # run seeds 0, 1, 2 and record them
     python scripts/reproduce.py --all --seeds 0
     python scripts/reproduce.py --collect hinton2022_forward_forward_mnist    # record runs already made
+    python scripts/reproduce.py --quick [hinton2022_forward_forward_mnist]    # minutes: reduced, never recorded
 
 Each seed is ``python train.py experiment=<name> seed=<s>`` in a process of its own. The ``obtained:`` block is
 written from the runs' metrics, never by hand: test figure of the checkpoint that validation selected, mean and
-sample standard deviation, every seed's figure, the validation curve, seconds, the command and the commit.
+sample standard deviation, 95 % interval, every seed's figure, the validation curve, seconds, the command, the
+commit and the hardware.
+
+*within*: the reported figure, as it is rounded, lies in the 95 % interval of the mean over seeds. ``why:`` under
+``reported:`` in the experiment's file explains a difference; without it, both settings are shown.
 """
 
 from __future__ import annotations
@@ -14,18 +20,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from onward.catalogue import config_dir, options
+from onward.compare.records import less_is_better
+from onward.compare.statistics import Estimate, estimate
+from onward.compose import output_root
 from onward.tracking.history import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVE_POINTS = 8
+FOLDER, QUICK_FOLDER = "reproduce", "reproduce-quick"
+QUICK_EPOCHS, QUICK_SAMPLES = 2, 2000
+DONE = "reproduced.json"
+
+
+# ---------------------------------------------------------------------- running
 
 
 def commit() -> str:
@@ -37,66 +57,101 @@ def commit() -> str:
     return sha.stdout.strip() + ("+changes" if changed else "")
 
 
-def directory(outputs: Path, name: str, seed: int) -> Path:
-    return outputs / "reproduce" / name / f"seed{seed}"
+def run(name: str, seed: int, folder: Path, outputs: Path, extra: list[str]) -> None:
+    """One seed; its folder is fixed, so that it can be found and is not made twice.
 
-
-def run(name: str, seed: int, outputs: Path, extra: list[str]) -> None:
-    """One seed; its folder is fixed, so that it can be found and is not made twice."""
-    folder = directory(outputs, name, seed)
+    Raises:
+        CalledProcessError: the run failed; it has said why.
+    """
     words = [sys.executable, str(ROOT / "train.py"), f"experiment={name}", f"seed={seed}", "trainer.progress=lines",
              f"hydra.run.dir={folder}", *extra]
     at = commit()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ONWARD_OUTPUTS": str(outputs)}
     subprocess.run(words, check=True, env=environment)
-    (folder / "reproduced.json").write_text(json.dumps({"commit": at, "extra": extra}), encoding="utf-8")
+    (folder / DONE).write_text(json.dumps({"commit": at, "extra": extra}), encoding="utf-8")
 
 
-def read(folder: Path) -> tuple[dict[str, float], list[tuple[int, float]]]:
-    """Last value of every metric, and the validation curve by epoch."""
-    last: dict[str, float] = {}
-    curve = []
-    for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)["metrics"]
-        last |= values
-        if "epoch" in values and "val/accuracy" in values:
-            curve.append((int(values["epoch"]), values["val/accuracy"]))
-    return last, curve
+def quick_overrides(name: str) -> list[str]:
+    """What makes an experiment fit minutes: two epochs of two thousand samples."""
+    from onward.compose import compose
+
+    cfg = compose([f"experiment={name}"])
+    words = [f"trainer.max_epochs={min(int(cfg.trainer.max_epochs), QUICK_EPOCHS)}", "trainer.validate_every=1"]
+    if "limit" in cfg.data and (cfg.data.limit is None or cfg.data.limit > QUICK_SAMPLES):
+        words.append(f"data.limit={QUICK_SAMPLES}")
+    return words
 
 
-def collect(name: str, outputs: Path) -> dict | None:
-    """The ``obtained:`` block of all seeds that finished."""
-    seeds, tests, seconds, commits, others, curve = [], [], [], set(), {}, []
-    for folder in sorted((outputs / "reproduce" / name).glob("seed*")):
-        if not (folder / "reproduced.json").exists():
+# ---------------------------------------------------------------------- reading
+
+
+def read(folder: Path) -> tuple[str, dict[str, float], list[tuple[int, float]]]:
+    """The metric the run is selected by, last values of all metrics, and the validation curve by epoch."""
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line)["metrics"] for line in lines]
+    last = {key: value for values in rows for key, value in values.items()}
+    metric = next(key.removeprefix("best/val/") for key in last if key.startswith("best/val/"))
+    curve = [(int(values["epoch"]), values[f"val/{metric}"]) for values in rows
+             if "epoch" in values and f"val/{metric}" in values]
+    return metric, last, curve
+
+
+def hardware(folder: Path) -> str:
+    """The machine of a run, from what it recorded about it."""
+    path = folder / "environment.json"
+    if not path.is_file():
+        return "not recorded"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    devices = f", {', '.join(found['devices'])}" if found.get("devices") else ""
+    threads = found.get("torch_threads")
+    return f"{found.get('cpu', 'unknown CPU')}, {threads} thread{'s' if threads != 1 else ''}{devices}"
+
+
+def shown(value: float, metric: str) -> str:
+    """0.9794 as ``97.94 %`` for accuracies, a plain number otherwise."""
+    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.4g}"
+
+
+def collect(folder: Path, command: str) -> dict | None:
+    """The ``obtained:`` block of all seeds that finished in a folder; None if none did."""
+    seeds, tests, seconds, commits, machines = [], [], [], set(), set()
+    metric, others, curve, extras = "", {}, [], []
+    for place in sorted(folder.glob("seed*"), key=lambda p: int(p.name.removeprefix("seed"))):
+        if not (place / DONE).exists():
             continue
-        last, steps = read(folder)
-        seeds.append(int(folder.name.removeprefix("seed")))
-        tests.append(last["test/accuracy"])
+        metric, last, steps = read(place)
+        seeds.append(int(place.name.removeprefix("seed")))
+        tests.append(last[f"test/{metric}"])
         seconds.append(last["seconds"])
         for key, value in last.items():
-            if key.startswith("test/accuracy/"):
-                others.setdefault(key.removeprefix("test/accuracy/"), []).append(value)
-        made = json.loads((folder / "reproduced.json").read_text(encoding="utf-8"))
+            if key.startswith(f"test/{metric}/"):
+                others.setdefault(key.removeprefix(f"test/{metric}/"), []).append(value)
+        made = json.loads((place / DONE).read_text(encoding="utf-8"))
         commits.add(made["commit"])
+        extras += [word for word in made.get("extra", []) if word not in extras]
+        machines.add(hardware(place))
         curve = curve or steps
     if not seeds:
         return None
-    spread = f" +- {100 * statistics.stdev(tests):.2f}" if len(tests) > 1 else ""
+    spread = f" +- {shown(statistics.stdev(tests), metric).removesuffix(' %')}" if len(tests) > 1 else ""
+    figure = shown(statistics.mean(tests), metric)
+    found = estimate(tests)
     obtained = {
-        "figure": f"{100 * statistics.mean(tests):.2f}{spread} %",
+        "figure": f"{figure.removesuffix(' %')}{spread}{' %' if figure.endswith(' %') else ''}",
         "seeds": seeds,
-        "test_accuracy": [round(t, 5) for t in tests],
+        f"test_{metric}": [round(t, 5) for t in tests],
+        **({"interval_95": [round(found.low, 5), round(found.high, 5)]} if found.low is not None else {}),
         "seconds_per_seed": round(statistics.mean(seconds), 1),
-        "command": f"python scripts/reproduce.py {name} --seeds {','.join(map(str, seeds))}",
+        "command": shlex.join([*command.split(), "--seeds", ",".join(map(str, seeds)),
+                               *(word for extra in extras for word in ("--set", extra))]),
         "commit": ", ".join(sorted(commits)),
+        "hardware": "; ".join(sorted(machines)),
     }
     if others:
-        obtained["other_readouts"] = {k: f"{100 * statistics.mean(v):.2f} %" for k, v in others.items()}
+        obtained["other_readouts"] = {k: shown(statistics.mean(v), metric) for k, v in others.items()}
     if curve:
         every = max(1, len(curve) // CURVE_POINTS)
-        points = curve[every - 1::every]
-        obtained["validation_curve_of_first_seed"] = {e: round(v, 4) for e, v in points}
+        obtained["validation_curve_of_first_seed"] = {e: round(v, 4) for e, v in curve[every - 1::every]}
     return obtained
 
 
@@ -110,29 +165,157 @@ def record(name: str, obtained: dict) -> None:
     path.write_text(f"{head}\n{block}", encoding="utf-8")
 
 
-def main() -> None:
+# ---------------------------------------------------------------------- reported beside obtained
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``within``, ``above``, ``below``, or what is missing; and in words how far and why."""
+
+    word: str
+    detail: str
+
+
+def reported_value(text: str, metric: str) -> tuple[float, float] | None:
+    """The number of a reported figure on the metric's scale, and half a unit of its last digit.
+
+    ``98.64 %`` is 0.9864 and 0.00005, and so is ``1.36 % error``; None if there is no number.
+    """
+    match = re.search(r"\d+(?:\.(\d+))?", text)
+    if match is None:
+        return None
+    value, rounding = float(match[0]), 0.5 * 10.0 ** -len(match[1] or "")
+    if metric != "accuracy":
+        return value, rounding
+    value, rounding = value / 100, rounding / 100
+    return (1 - value if "error" in text else value), rounding
+
+
+def judge(reported: str, metric: str, found: Estimate | None) -> Verdict:
+    """Whether the reported figure lies in the interval of what was obtained."""
+    parsed = reported_value(reported, metric)
+    if found is None:
+        return Verdict("not run", "no run is recorded")
+    if parsed is None:
+        return Verdict("no figure", "the source reports no number to compare with")
+    value, rounding = parsed
+    gap = found.mean - value
+    better = gap > 0 if not less_is_better(metric) else gap < 0
+    unit = " points" if metric == "accuracy" else ""
+    far = f"{abs(gap) * (100 if metric == 'accuracy' else 1):.2f}{unit} {'better' if better else 'worse'}"
+    if found.low is None:
+        return Verdict("one seed", f"{far}; one seed gives no interval")
+    if found.low - rounding <= value <= found.high + rounding:
+        return Verdict("within", f"the reported figure, as it is rounded, lies in the 95 % interval ({far})")
+    return Verdict("above" if better else "below", f"{far} than reported, outside the 95 % interval")
+
+
+def setting(node: dict) -> str:
+    """Size, batch and epochs of an experiment, in words."""
+    said = []
+    model = node.get("model") or {}
+    said += [f"{key} {json.dumps(model[key])}" for key in ("widths", "channels") if key in model]
+    for group, key, word in (("data", "batch_size", "batch"), ("data", "limit", "samples"),
+                             ("trainer", "max_epochs", "epochs"), ("trainer", "max_steps", "updates")):
+        if key in (node.get(group) or {}):
+            said.append(f"{node[group][key]} {word}" if word != "batch" else f"batch {node[group][key]}")
+    return ", ".join(said) or "the defaults"
+
+
+def describe(name: str, node: dict, obtained: dict | None, quick: list[str] | None = None) -> tuple[list[str], str]:
+    """The lines about one experiment, and its verdict in a word."""
+    reported = node.get("reported") or {}
+    metric = next((k.removeprefix("test_") for k in obtained if k.startswith("test_")), "accuracy") if obtained else ""
+    found = estimate(obtained[f"test_{metric}"]) if obtained else None
+    verdict = judge(str(reported.get("figure", "")), metric, found)
+    label = "QUICK, not comparable" if quick is not None else ""
+    lines = [f"{name}{f'   [{label}: {chr(32).join(quick)}]' if label else ''}",
+             *_field("paper", str(reported.get("source", "no source is named"))),
+             *_field("reported", str(reported.get("figure", "no figure")))]
+    if obtained:
+        interval = f", 95 % interval {shown(found.low, metric)} to {shown(found.high, metric)}" \
+            if found.low is not None else ", one seed: no interval"
+        seeds = ",".join(map(str, obtained["seeds"]))
+        lines += _field("obtained", f"{shown(found.mean, metric)}{interval}; seeds {seeds}; commit "
+                                    f"{obtained.get('commit', 'not recorded')}; "
+                                    f"{obtained.get('hardware', 'one CPU thread, machine not recorded')}")
+    word = "quick" if quick is not None else verdict.word
+    lines += _field("verdict", "none: a reduced run shows that it works, not what it reaches" if quick is not None
+                    else f"{verdict.word}: {verdict.detail}")
+    if verdict.word in ("above", "below", "one seed") and quick is None:
+        why = reported.get("why") or f"the settings differ. Source: {reported.get('source', 'not named')}. " \
+                                     f"Here: {setting(node)}"
+        lines += _field("why", str(why))
+    return lines, word
+
+
+def _field(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, 112, initial_indent=f"  {label:9} ", subsequent_indent=" " * 12,
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows]
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The experiments that a command line means: those named, or all that have a ``reported:`` figure."""
+    valid = options("experiment")
+    unknown = [n for n in args.names if n not in valid]
+    if unknown:
+        sys.exit(f"error: experiment={','.join(unknown)} is not valid: {', '.join(valid)}")
+    if args.names:
+        return args.names
+    return [n for n in valid if load(n).get("reported")]
+
+
+def load(name: str) -> dict:
+    return yaml.safe_load((config_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="experiments, as in conf/experiment/")
-    parser.add_argument("--all", action="store_true", help="every experiment")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("names", nargs="*", help="experiments, as in conf/experiment/; none: all, read and not run")
+    parser.add_argument("--all", action="store_true", help="run every experiment with a reported figure")
+    parser.add_argument("--quick", action="store_true", help="run reduced versions; they are labelled, never recorded")
+    parser.add_argument("--seeds", help="comma-separated (default 0,1,2; with --quick 0)")
     parser.add_argument("--collect", action="store_true", help="run nothing, record what lies in outputs/reproduce")
-    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs")
+    parser.add_argument("--outputs", type=Path, default=output_root())
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to train.py")
     args = parser.parse_args()
-    valid = options("experiment")
-    names = valid if args.all else args.names
-    unknown = [n for n in names if n not in valid]
-    if unknown or not names:
-        sys.exit(f"error: experiment={unknown} is not valid: {', '.join(valid)}")
+    names, outputs = chosen(args), args.outputs.resolve()
+    given = args.seeds or ("0" if args.quick else "0,1,2")
+    if not all(word.isdigit() for word in given.split(",")):
+        sys.exit(f"error: --seeds={given} is not valid: natural numbers with commas between them")
+    seeds = [int(word) for word in given.split(",")]
+    runs = not args.collect and (args.quick or args.all or bool(args.names))
+    rows, failed = [("experiment", "reported", "obtained", "")], []
     for name in names:
-        for seed in [] if args.collect else [int(s) for s in args.seeds.split(",")]:
-            if not (directory(args.outputs, name, seed) / "reproduced.json").exists():
-                run(name, seed, args.outputs.resolve(), args.set)
-        obtained = collect(name, args.outputs.resolve())
-        if obtained is not None:
-            record(name, obtained)
-            print(f"{name}: {obtained['figure']} over seeds {obtained['seeds']}", flush=True)
+        extra = [*(quick_overrides(name) if args.quick else []), *args.set]
+        folder = outputs / (QUICK_FOLDER if args.quick else FOLDER) / name
+        for seed in seeds if runs else []:
+            if args.quick or not (folder / f"seed{seed}" / DONE).exists():
+                if args.quick:  # made anew each time, never mixed with what lies there
+                    shutil.rmtree(folder / f"seed{seed}", ignore_errors=True)
+                try:
+                    run(name, seed, folder / f"seed{seed}", outputs, extra)
+                except subprocess.CalledProcessError as error:
+                    failed.append(f"{name} seed {seed}: exit code {error.returncode}")
+        made = collect(folder, f"python scripts/reproduce.py {name}") if runs or args.collect else None
+        if made is not None and not args.quick:
+            record(name, made)
+        node = load(name)
+        obtained = made if args.quick else node.get("obtained")
+        lines, word = describe(name, node, obtained, extra if args.quick else None)
+        print("\n".join(lines), end="\n\n", flush=True)
+        rows.append((name, str((node.get("reported") or {}).get("figure", "none")),
+                     obtained["figure"] if obtained else "-", word))
+    print("\n".join(table(rows)))
+    for failure in failed:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

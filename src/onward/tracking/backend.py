@@ -15,9 +15,13 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+# An outage is reported once, in words, by the sender; the last two print a trace or a line per attempt.
+_LEVELS = {"mlflow": logging.WARNING, "alembic": logging.WARNING, "mlflow.store.db.utils": logging.CRITICAL,
+           "urllib3.connectionpool": logging.ERROR}
 _clients: dict[tuple[int, str], MlflowClient] = {}
 
 
@@ -31,30 +35,35 @@ def load_mlflow():
     os.environ.update(quiet_environment())
     import mlflow
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # An outage is reported once, in words, by the sender; these two print a trace or a line per attempt.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    for name, level in _LEVELS.items():
+        log = logging.getLogger(name)
+        if log.level != level:  # setting it anew costs as much as a query: it clears what every logger remembers
+            log.setLevel(level)
     return mlflow
 
 
 def client(uri: str) -> MlflowClient:
-    """The MLflow client of a store for this very process: never one inherited through a fork."""
+    """The MLflow client of a store for this very process, with connections of its own.
+
+    A forked process goes on with its parent's clients, which have checked the store's schema, but connects anew.
+    """
     key = (os.getpid(), uri)
     if key not in _clients:
         mlflow = load_mlflow()
-        if any(pid != key[0] for pid, _ in _clients):
-            _forget_parent_connections()
-        _clients[key] = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        _take_over(key[0])
+        if key not in _clients:
+            _clients[key] = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     return _clients[key]
 
 
-def _forget_parent_connections() -> None:
+def _take_over(pid: int) -> None:
+    inherited = [key for key in _clients if key[0] != pid]
+    if not inherited:
+        return
     # SQLite connections must not be used, nor closed, across a fork: drop them without closing.
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     for engine in SqlAlchemyStore._engine_map.values():
         engine.dispose(close=False)
-    for stale in [key for key in _clients if key[0] != os.getpid()]:
-        del _clients[stale]
+    for key in inherited:
+        _clients[pid, key[1]] = _clients.pop(key)

@@ -1,0 +1,166 @@
+"""``scripts/reproduce.py``: verdicts, what is recorded, and that reduced runs never are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onward.compare.statistics import estimate
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+EXPERIMENT = """# @package _global_
+# A rule on digits (Someone 2020)
+# python train.py experiment=someone2020_digits
+defaults:
+  - override /algo: backprop
+model:
+  widths: [32]
+trainer:
+  max_epochs: 7
+reported:
+  figure: 98.6 %
+  source: Someone 2020, Table 1
+"""
+
+
+@pytest.fixture
+def reproduce(tmp_path, monkeypatch):
+    """The script over a folder of one experiment; ``ran`` is what it would have run."""
+    spec = importlib.util.spec_from_file_location("script_reproduce", SCRIPTS / "reproduce.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "script_reproduce", module)
+    spec.loader.exec_module(module)
+    conf = tmp_path / "conf"
+    (conf / "experiment").mkdir(parents=True)
+    (conf / "experiment" / "someone2020_digits.yaml").write_text(EXPERIMENT)
+    monkeypatch.setattr(module, "config_dir", lambda: conf)
+    monkeypatch.setattr(module, "options", lambda group: ["someone2020_digits"])
+    monkeypatch.setattr(module, "quick_overrides", lambda name: ["trainer.max_epochs=2", "data.limit=2000"])
+    module.ran = []
+
+    def run(name, seed, folder, outputs, extra):
+        module.ran.append((name, seed, folder.relative_to(outputs).as_posix(), extra))
+        finish(folder, 0.97 + 0.001 * seed, extra)
+
+    monkeypatch.setattr(module, "run", run)
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "--outputs", str(tmp_path / "out"), *words])
+        return module.main()
+
+    module.call, module.file = call, conf / "experiment" / "someone2020_digits.yaml"
+    return module
+
+
+def finish(folder: Path, figure: float, extra: list[str]) -> None:
+    """What a finished run leaves behind."""
+    folder.mkdir(parents=True)
+    rows = [{"val/accuracy": 0.9, "epoch": 1.0}, {"val/accuracy": 0.95, "epoch": 2.0},
+            {"best/val/accuracy": 0.95, "test/accuracy": figure, "test/accuracy/linear": 0.9, "seconds": 3.0}]
+    lines = [json.dumps({"time": 0, "step": i, "metrics": row}) for i, row in enumerate(rows)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "environment.json").write_text(json.dumps({"cpu": "A Chip", "torch_threads": 1, "devices": []}))
+    (folder / "reproduced.json").write_text(json.dumps({"commit": "abc1234", "extra": extra}))
+
+
+def test_without_a_name_it_reads_and_runs_nothing(reproduce, capsys):
+    assert reproduce.call() == 0
+    out = capsys.readouterr().out
+    assert reproduce.ran == [] and reproduce.file.read_text() == EXPERIMENT
+    assert "paper     Someone 2020, Table 1" in out and "verdict   not run: no run is recorded" in out
+
+
+def test_a_name_runs_its_seeds_and_records_them(reproduce, capsys):
+    assert reproduce.call("someone2020_digits") == 0
+    assert [r[1:3] for r in reproduce.ran] == [(s, f"reproduce/someone2020_digits/seed{s}") for s in (0, 1, 2)]
+    obtained = yaml.safe_load(reproduce.file.read_text())["obtained"]
+    # 0.970, 0.971, 0.972: mean 0.971, s 0.001, t(2; 0.975) = 4.3027, half width 4.3027 x 0.001 / sqrt(3) = 0.00248
+    assert obtained["figure"] == "97.10 +- 0.10 %" and obtained["test_accuracy"] == [0.97, 0.971, 0.972]
+    assert obtained["interval_95"] == [0.96852, 0.97348]
+    assert obtained["hardware"] == "A Chip, 1 thread" and obtained["commit"] == "abc1234"
+    assert obtained["command"] == "python scripts/reproduce.py someone2020_digits --seeds 0,1,2"
+    assert obtained["other_readouts"] == {"linear": "90.00 %"}
+    assert reproduce.file.read_text().startswith(EXPERIMENT.rstrip())
+    out = capsys.readouterr().out
+    assert "obtained  97.10 %, 95 % interval 96.85 % to 97.35 %; seeds 0,1,2; commit abc1234; A Chip, 1 thread" in out
+    assert "verdict   below: 1.50 points worse than reported, outside the 95 % interval" in out
+    assert "Here: widths [32], 7 epochs" in out
+
+
+def test_what_is_done_is_not_done_again(reproduce):
+    reproduce.call("someone2020_digits", "--seeds", "0")
+    reproduce.call("someone2020_digits", "--seeds", "0,1")
+    assert [r[1] for r in reproduce.ran] == [0, 1]
+
+
+def test_quick_is_labelled_and_never_recorded(reproduce, capsys):
+    reproduce.call("someone2020_digits", "--seeds", "0,1")
+    before = reproduce.file.read_text()
+    capsys.readouterr()
+    assert reproduce.call("--quick") == reproduce.call("--quick") == 0  # the folder is made anew
+    assert reproduce.ran[-1] == ("someone2020_digits", 0, "reproduce-quick/someone2020_digits/seed0",
+                                 ["trainer.max_epochs=2", "data.limit=2000"])
+    assert reproduce.file.read_text() == before
+    out = capsys.readouterr().out
+    assert "[QUICK, not comparable: trainer.max_epochs=2 data.limit=2000]" in out
+    assert "verdict   none: a reduced run shows that it works, not what it reaches" in out
+
+
+def test_changed_values_stand_in_the_recorded_command(reproduce):
+    reproduce.call("someone2020_digits", "--seeds", "0", "--set", "optimizer.lr=0.5")
+    command = yaml.safe_load(reproduce.file.read_text())["obtained"]["command"]
+    assert command == "python scripts/reproduce.py someone2020_digits --seeds 0 --set optimizer.lr=0.5"
+
+
+def test_a_failed_seed_is_said_and_the_others_are_recorded(reproduce, monkeypatch, capsys):
+    import subprocess
+
+    def run(name, seed, folder, outputs, extra):
+        if seed == 1:
+            raise subprocess.CalledProcessError(3, "train.py")
+        finish(folder, 0.97, extra)
+
+    monkeypatch.setattr(reproduce, "run", run)
+    assert reproduce.call("someone2020_digits") == 1
+    assert "error: someone2020_digits seed 1: exit code 3" in capsys.readouterr().err
+    assert yaml.safe_load(reproduce.file.read_text())["obtained"]["seeds"] == [0, 2]
+
+
+@pytest.mark.parametrize(("reported", "metric", "values", "word"), [
+    ("97.10 %", "accuracy", [0.970, 0.971, 0.972], "within"),
+    ("97.4 %", "accuracy", [0.970, 0.971, 0.9723], "within"),  # the interval ends at 97.397
+    ("97.5 %", "accuracy", [0.970, 0.971, 0.972], "below"),
+    ("2.9 % error", "accuracy", [0.970, 0.971, 0.972], "within"),
+    ("96.0 %", "accuracy", [0.970, 0.971, 0.972], "above"),
+    ("1.20", "loss", [1.10, 1.11, 1.12], "above"),
+    ("98 %", "accuracy", [0.9], "one seed"),
+    ("no figure (as good as backprop)", "accuracy", [0.9, 0.8], "no figure"),
+])
+def test_verdicts(reproduce, reported, metric, values, word):
+    assert reproduce.judge(reported, metric, estimate(values)).word == word
+
+
+def test_an_unknown_name(reproduce):
+    with pytest.raises(SystemExit, match=r"experiment=nobody is not valid: someone2020_digits"):
+        reproduce.call("nobody")
+    with pytest.raises(SystemExit, match="--seeds=a is not valid"):
+        reproduce.call("--seeds", "a")
+
+
+def test_quick_overrides_of_every_experiment_on_disk_compose():
+    from onward.catalogue import options
+    from onward.compose import compose
+
+    spec = importlib.util.spec_from_file_location("script_reproduce_real", SCRIPTS / "reproduce.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    for name in options("experiment")[:4]:
+        words = module.quick_overrides(name)
+        cfg = compose([f"experiment={name}", *words])
+        assert cfg.trainer.max_epochs <= 2 and (cfg.data.get("limit") or 0) <= 2000
