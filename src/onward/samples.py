@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from onward.compose import compose
 from onward.config import build
 from onward.data.spec import Batch, DataSpec, Graph
-from onward.data.task import Classification, LanguageModelling, NodeClassification, Regression
+from onward.data.task import Classification, LanguageModelling, LinkPrediction, NodeClassification, Regression
 from onward.hardware.base import Hardware, Numerics
 from onward.hardware.formats import Int
 
@@ -40,7 +40,12 @@ def optimizer(name: str):
 SMALL = {
     "mlp": {"widths": [12, 12]},
     "cnn": {"channels": [4, 6]},
+    "locally_connected": {"channels": [4, 6]},
     "resnet": {"depth": 8, "width": 4},
+    "resnet18": {"width": 4},
+    "resnet20": {"width": 4},
+    "lenet": {"channels": [4, 6], "widths": [12]},
+    "mobilenet_v3": {"width": 0.25},
     "transformer": {"dim": 8, "depth": 2, "heads": 2},
     "gnn": {"widths": [8, 8]},
     "rnn": {"widths": [8]},
@@ -78,17 +83,24 @@ def family(name: str, n: int = 8) -> tuple[DataSpec, Batch]:
         return spec, Batch(labels(11, n, 6), labels(11, n, 6), total=n)
     if name == "regression":
         return DataSpec("regression", "flat", (9,), Regression(2), n, n, n), Batch(real(n, 9), real(n, 2), total=n)
+    if name in ("graph", "links"):
+        a = torch.arange(n - 1)
+        path = torch.stack([a, a + 1])
+        graph = Graph(torch.cat([path, path.flip(0)], dim=1), n)
+    if name == "links":
+        spec = DataSpec("links", "graph", (9,), LinkPrediction(5), n - 1, 1, 1)
+        apart = torch.stack([a[:-1], a[:-1] + 2])
+        linked = torch.cat([torch.ones(n - 1), torch.zeros(n - 2)])
+        return spec, Batch(real(n, 9), linked, context=graph, total=n, pairs=torch.cat([path, apart], dim=1))
     if name == "graph":
-        a = torch.tensor([0, 1, 2, 3, 4, 5, 6])
-        edges = torch.stack([torch.cat([a, a + 1]), torch.cat([a + 1, a])])
         mask = torch.zeros(n, dtype=torch.bool)
         mask[:5] = True
         spec = DataSpec("graph", "graph", (9,), NodeClassification(3), 5, 1, 2)
-        return spec, Batch(real(n, 9), labels(3), mask=mask, context=Graph(edges, n), total=n)
+        return spec, Batch(real(n, 9), labels(3), mask=mask, context=graph, total=n)
     raise AssertionError(name)
 
 
-FAMILIES = ("flat", "image", "sequence", "tokens", "regression", "graph")
+FAMILIES = ("flat", "image", "sequence", "tokens", "regression", "graph", "links")
 
 
 def hardware(name: str) -> Hardware:

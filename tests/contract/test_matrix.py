@@ -38,9 +38,11 @@ def cell(rule_name: str, model_name: str, family_name: str, arithmetic: str) -> 
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)), "nothing changed"
     with engine.inference():
         scores = learner.predict(engine, batch.unlabelled())
-    rows = (*batch.y.shape, spec.task.n_outputs) if spec.task.classification else batch.y.shape
+    shapes = [(*batch.y.shape, spec.task.n_outputs) if spec.task.classification else batch.y.shape]
+    if batch.pairs is not None:  # pairs are scored, or nodes embedded
+        shapes.append((len(batch), spec.task.n_outputs))
     for readout, values in scores.items():
-        assert values.shape == rows, (readout, values.shape)
+        assert tuple(values.shape) in shapes, (readout, values.shape)
         assert torch.isfinite(values).all(), readout
     if arithmetic == "int8":
         assert hw.fired["weight"] > 0, "int8 weights never acted"
@@ -70,5 +72,5 @@ def test_counted_minimum():
     assert len(RULES) >= 12
     assert {"mlp", "cnn", "resnet", "transformer", "gnn", "rnn"} <= set(MODELS)
     for family_name, model_name in (("tokens", "transformer"), ("graph", "gnn"), ("sequence", "rnn"),
-                                    ("image", "resnet"), ("image", "cnn"), ("regression", "mlp")):
+                                    ("image", "resnet"), ("image", "cnn"), ("regression", "mlp"), ("links", "gnn")):
         assert isinstance(cell("backprop", model_name, family_name, "ideal"), Engine), (family_name, model_name)

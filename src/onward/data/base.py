@@ -18,12 +18,17 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Tensors of one split. ``mask`` and ``context`` are used by graphs, where x holds every node."""
+    """Tensors of one split. ``mask``, ``pairs`` and ``context`` are used by graphs, where x holds every node."""
 
     x: Tensor
     y: Tensor
     mask: Tensor | None = None
     context: Graph | None = None
+    pairs: Tensor | None = None
+
+    def drawn(self, seed: int, epoch: int) -> Split:
+        """The split as this epoch sees it: itself, unless a part of it is drawn anew in every epoch."""
+        return self
 
 
 class DataSet:
@@ -111,8 +116,8 @@ class BatchLoader:
 
     @property
     def whole(self) -> bool:
-        """A graph is one batch: all nodes, with the split's mask."""
-        return self.split.mask is not None
+        """A graph is one batch: all nodes, with the split's mask or pairs."""
+        return self.split.mask is not None or self.split.pairs is not None
 
     @property
     def n_batches(self) -> int:
@@ -136,15 +141,19 @@ class BatchLoader:
         if chunk:
             yield chunk
 
+    def order(self) -> Tensor | None:
+        """This epoch's permutation of the samples; None where they come as they lie."""
+        if not self.shuffle:
+            return None
+        return torch.randperm(len(self.split.x), generator=generator(self.seed, self.epoch, "data/order"))
+
     def batches(self) -> Iterator[Batch]:
-        s = self.split
+        s = self.split.drawn(self.seed, self.epoch)
         if self.whole:
-            yield Batch(s.x, s.y, mask=s.mask, context=s.context, total=len(s.x))
+            yield Batch(s.x, s.y, mask=s.mask, context=s.context, total=len(s.x), pairs=s.pairs)
             return
         n = len(s.x)
-        order = None
-        if self.shuffle:
-            order = torch.randperm(n, generator=generator(self.seed, self.epoch, "data/order"))
+        order = self.order()
         for start in range(0, n, self.batch_size):
             stop = min(start + self.batch_size, n)
             total, rows = stop - start, slice(0, stop - start)

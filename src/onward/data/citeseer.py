@@ -11,5 +11,5 @@ class CiteSeer(Planetoid):
     Arguments and errors as :class:`Planetoid`.
     """
 
-    name = "citeseer"
+    name = source = "citeseer"
     n_classes = 6

@@ -11,5 +11,5 @@ class Cora(Planetoid):
     Arguments and errors as :class:`Planetoid`.
     """
 
-    name = "cora"
+    name = source = "cora"
     n_classes = 7

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch import Tensor
 
 from onward.data.base import SPLITS, DataSet, Split
 from onward.data.spec import DataSpec
@@ -28,11 +31,16 @@ class Digits(DataSet):
         self.test = test
 
     def read(self) -> tuple[DataSpec, dict[str, Split]]:
-        from sklearn.datasets import load_digits
-
-        pixels, classes = load_digits(return_X_y=True)
-        x = torch.from_numpy(pixels).float().div_(16).reshape(-1, 1, 8, 8)
-        y = torch.from_numpy(classes).long()
+        x, y = _whole()
         index = cut_whole(len(x), self.test, self.validation, self.limit)
         parts = {split: (x[index[split]], y[index[split]]) for split in SPLITS}
         return assemble(self.name, "image", Classification(10), parts, value_range=(0.0, 1.0))
+
+
+@functools.cache
+def _whole() -> tuple[Tensor, Tensor]:
+    """All images and classes, read once a process: a sweep needs them for every job."""
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    return torch.from_numpy(pixels).float().div_(16).reshape(-1, 1, 8, 8), torch.from_numpy(classes).long()

@@ -58,6 +58,9 @@ class Graph:
 class Batch:
     """One batch. ``mask`` selects the rows that count in the loss (graph nodes); None means all.
 
+    ``pairs`` (2, M) are the pairs of rows that a relation is asked of, with targets ``y`` (M,); None: y has a
+    target per row.
+
     ``rows`` are this process's positions in the global batch of ``total`` samples, so that random
     draws made for the global batch give the same numbers whatever the number of processes.
     """
@@ -69,6 +72,7 @@ class Batch:
     index: Tensor | None = None
     rows: slice | None = None
     total: int | None = None
+    pairs: Tensor | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -83,5 +87,5 @@ class Batch:
 
         return replace(
             self, x=move(self.x), y=move(self.y), mask=move(self.mask),
-            context=move(self.context), index=move(self.index),
+            context=move(self.context), index=move(self.index), pairs=move(self.pairs),
         )

@@ -101,7 +101,8 @@ def softmax_of_incoming(scores: Tensor, edges: Edges) -> Tensor:
 class GraphLayer(Block):
     """``act(norm(convolve(dropout(x))))`` for all nodes (N, D) of the graph in the batch's context.
 
-    Dropout falls on the layer's input (Kipf & Welling 2017, sec. 5.2).
+    Dropout falls on the layer's input (Kipf & Welling 2017, sec. 5.2). A layer reads ``extra`` features beside
+    those of the layer below, for rules that bring a node's state from above; they are zero where none are given.
 
     Raises:
         Unsupported: run without a graph.
@@ -109,14 +110,20 @@ class GraphLayer(Block):
 
     layout = "nodes"
 
-    def __init__(self, in_shape: Sequence[int], width: int, *, activation_name: str, norm: str,
-                 dropout: float):
+    def __init__(self, in_shape: Sequence[int], width: int, *, activation_name: str = "relu", norm: str = "none",
+                 dropout: float = 0.0, extra: int = 0):
         super().__init__()
         self.in_shape, self.out_shape = tuple(in_shape), (width,)
+        self.n_in = in_shape[-1] + extra
+        self.options = {"activation_name": activation_name, "norm": norm, "dropout": dropout}
         self.norm = vector_norm(norm, width)
         self.activation_name = activation_name
         self.act = activation(activation_name)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def with_extra(self, extra: int) -> GraphLayer:
+        """A layer like this one, newly drawn, that reads ``extra`` more features (N, D + extra)."""
+        return type(self)(self.in_shape, self.out_shape[0], extra=extra, **self.options)
 
     def convolve(self, x: Tensor, graph: Graph) -> Tensor:
         """The layer's linear map and its exchange along the edges: (N, D) to (N, width)."""
@@ -125,6 +132,8 @@ class GraphLayer(Block):
     def pre_activation(self, x, context=None):
         if context is None:
             raise Unsupported("a graph layer needs the edges of its graph, but the batch has no context")
+        if x.shape[-1] < self.n_in:
+            x = nn.functional.pad(x, (0, self.n_in - x.shape[-1]))
         return self.norm(self.convolve(self.dropout(x), context))
 
     def activate(self, z):
@@ -134,10 +143,9 @@ class GraphLayer(Block):
 class GCN(GraphLayer):
     """``D^-1/2 (A+I) D^-1/2 x W^T + b`` (Kipf & Welling 2017, eq. 2)."""
 
-    def __init__(self, in_shape: Sequence[int], width: int, *, activation_name: str = "relu",
-                 norm: str = "none", dropout: float = 0.0):
-        super().__init__(in_shape, width, activation_name=activation_name, norm=norm, dropout=dropout)
-        self.linear = nn.Linear(in_shape[-1], width, bias=False)
+    def __init__(self, in_shape: Sequence[int], width: int, **options):
+        super().__init__(in_shape, width, **options)
+        self.linear = nn.Linear(self.n_in, width, bias=False)
         self.bias = nn.Parameter(torch.zeros(width))
         nn.init.xavier_uniform_(self.linear.weight)
         self.edges = Remember(symmetric)
@@ -152,15 +160,26 @@ class SAGE(GraphLayer):
     The mean of a node without neighbours is 0.
     """
 
-    def __init__(self, in_shape: Sequence[int], width: int, *, activation_name: str = "relu",
-                 norm: str = "none", dropout: float = 0.0):
-        super().__init__(in_shape, width, activation_name=activation_name, norm=norm, dropout=dropout)
-        self.own = nn.Linear(in_shape[-1], width)
-        self.neighbours = nn.Linear(in_shape[-1], width, bias=False)
+    def __init__(self, in_shape: Sequence[int], width: int, **options):
+        super().__init__(in_shape, width, **options)
+        self.own = nn.Linear(self.n_in, width)
+        self.neighbours = nn.Linear(self.n_in, width, bias=False)
         self.edges = Remember(mean_of_neighbours)
 
     def convolve(self, x, graph):
         return self.own(x) + propagate(self.neighbours(x), self.edges(graph))
+
+
+class HeadScores(nn.Module):
+    """``w_k . h_k`` of every head k: (..., heads, D) to (..., heads), with a vector of weights for each head."""
+
+    def __init__(self, heads: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, width))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (h * self.weight).sum(-1)
 
 
 class GAT(GraphLayer):
@@ -170,17 +189,16 @@ class GAT(GraphLayer):
     at i; ``alpha_i = softmax_j(e_ij)``; ``out_i = sum_j alpha_ij W x_j + b``. A head has width / heads units.
     """
 
-    def __init__(self, in_shape: Sequence[int], width: int, *, heads: int = 4, activation_name: str = "relu",
-                 norm: str = "none", dropout: float = 0.0):
-        super().__init__(in_shape, width, activation_name=activation_name, norm=norm, dropout=dropout)
+    def __init__(self, in_shape: Sequence[int], width: int, *, heads: int = 4, **options):
+        super().__init__(in_shape, width, **options)
+        self.options["heads"] = heads
         divides("model.heads", heads, width, "each of model.widths")
         self.heads = heads
-        self.linear = nn.Linear(in_shape[-1], width, bias=False)
-        self.to_target = nn.Parameter(torch.empty(heads, width // heads))
-        self.to_source = nn.Parameter(torch.empty(heads, width // heads))
+        self.linear = nn.Linear(self.n_in, width, bias=False)
+        nn.init.xavier_uniform_(self.linear.weight)
+        self.to_target = HeadScores(heads, width // heads)
+        self.to_source = HeadScores(heads, width // heads)
         self.bias = nn.Parameter(torch.zeros(width))
-        for weight in (self.linear.weight, self.to_target, self.to_source):
-            nn.init.xavier_uniform_(weight)
         self.edges = Remember(with_self_loops)
 
     def project(self, x: Tensor) -> Tensor:
@@ -189,7 +207,7 @@ class GAT(GraphLayer):
 
     def attention(self, h: Tensor, edges: Edges) -> Tensor:
         """``alpha`` of every edge and head, (E, heads), from projected nodes."""
-        at_target, at_source = (h * self.to_target).sum(-1), (h * self.to_source).sum(-1)
+        at_target, at_source = self.to_target(h), self.to_source(h)
         scores = nn.functional.leaky_relu(at_target[edges.target] + at_source[edges.source], 0.2)
         return softmax_of_incoming(scores, edges)
 

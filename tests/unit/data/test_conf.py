@@ -25,15 +25,15 @@ def build(name: str, **changed) -> DataSet:
 
 
 def test_the_sets_of_the_platform_are_there():
-    assert NAMES == ["cifar10", "citeseer", "cora", "digits", "elec2", "fashion_mnist", "mnist", "mnist1d",
-                     "spoken_digits", "teacher_student", "tiny_shakespeare", "two_moons", "vowel"]
+    assert NAMES == ["cifar10", "citeseer", "citeseer_links", "cora", "cora_links", "digits", "elec2", "fashion_mnist",
+                     "mnist", "mnist1d", "spoken_digits", "teacher_student", "tiny_shakespeare", "two_moons", "vowel"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_yaml_says_what_it_is_and_holds_the_defaults_of_its_class(name):
     what, command = (CONF / f"{name}.yaml").read_text().splitlines()[:2]
     assert what.startswith("# ")
-    assert command == f"# python train.py data={name}"
+    assert command.startswith(f"# python train.py data={name}")
     values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     data = build(name)
     assert values["_target_"].startswith(f"onward.data.{name}.")
@@ -61,15 +61,19 @@ def test_data_keep_what_their_spec_says(name, data_root, monkeypatch):
         split = data.split(s)
         assert getattr(spec, f"n_{s}") == 40
         assert tuple(split.x.shape[1:]) == spec.input_shape
-        assert len(split.y) == len(split.x)
-        assert (len(split.x) if split.mask is None else split.mask.sum().item()) == 40
+        if split.pairs is None:
+            assert len(split.y) == len(split.x)
+            assert (len(split.x) if split.mask is None else split.mask.sum().item()) == 40
+        else:
+            assert split.pairs.shape == (2, len(split.y))
+            assert (split.y == 1).sum().item() == 40
         assert split.x.dtype == (torch.int64 if spec.layout == "tokens" else torch.float32)
         if spec.task.classification:
             assert split.y.dtype == torch.int64
             assert 0 <= split.y.min().item() <= split.y.max().item() < spec.task.n_outputs
         else:
             assert split.y.dtype == torch.float32
-            assert split.y.shape[1:] == (spec.task.n_outputs,)
+            assert split.y.shape[1:] == (() if split.pairs is not None else (spec.task.n_outputs,))
         if spec.value_range is not None:
             assert spec.value_range[0] <= split.x.min().item() <= split.x.max().item() <= spec.value_range[1]
         if spec.vocabulary is not None:

@@ -12,7 +12,7 @@ from onward.data.citeseer import CiteSeer
 from onward.data.cora import Cora
 from onward.data.planetoid import SparseRows, undirected_edges, unpickle
 from onward.data.task import NodeClassification
-from onward.errors import DataError
+from onward.errors import ConfigError, DataError
 
 PUBLISHED = [  # class, nodes, words, edges, classes, labelled nodes, nodes by class
     (Cora, 2708, 1433, 5278, 7, 140, [351, 217, 418, 818, 426, 298, 180]),
@@ -101,6 +101,31 @@ def test_limit_keeps_labelled_nodes_and_the_whole_graph(data_root):
     assert data.split("train").mask.sum().item() == 30
     assert data.split("train").mask.nonzero().max().item() < 140
     assert len(data.split("train").x) == 2708
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("kind", "classed"), [(Cora, 2708), (CiteSeer, 3312)])
+def test_five_folds_test_every_node_with_a_class_once(data_root, kind, classed):
+    tested = torch.zeros(0, dtype=torch.long)
+    for fold in range(5):
+        data = kind(root=str(data_root), split="folds", fold=fold)
+        masks = [data.split(s).mask for s in ("train", "val", "test")]
+        assert torch.stack(masks).sum(0).max().item() == 1, "disjoint"
+        shares = [m.sum().item() / classed for m in masks]
+        assert shares == pytest.approx([0.64, 0.16, 0.2], abs=1e-3)
+        assert sum(m.sum().item() for m in masks) == classed, "without the nodes that have no class"
+        tested = torch.cat([tested, masks[2].nonzero().flatten()])
+        counts = data.split("train").y[masks[0]].bincount(minlength=data.n_classes)
+        assert data.spec.task.train_counts == tuple(counts.tolist())
+    assert len(tested.unique()) == len(tested) == classed
+
+
+@pytest.mark.parametrize(("values", "key"), [({"split": "random"}, "data.split"), ({"fold": 5}, "data.fold"),
+                                             ({"fold": -1}, "data.fold"), ({"fold": 0.5}, "data.fold")])
+def test_split_values_out_of_range_are_refused(values, key):
+    with pytest.raises(ConfigError) as error:
+        Cora(**values)
+    assert error.value.key == key
 
 
 class Attack:
