@@ -11,15 +11,16 @@ import torch
 from support import a_batch, digits, gradients, make_engine
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from onward.algo.forward_only.noprop import (
-    SCHEDULES,
+from onward.algo.forward_only.denoising import (
+    NOISE_SCHEDULES,
     BatchNorm,
     Denoiser,
     Diffusion,
-    NoProp,
+    match,
     redraw,
     signal_shares,
 )
+from onward.algo.forward_only.noprop import NoProp
 from onward.data.spec import Batch
 from onward.data.task import LanguageModelling, NodeClassification, Regression
 from onward.engine.locality import audit, classify
@@ -30,7 +31,7 @@ from onward.model.cnn import cnn
 from onward.model.mlp import mlp
 from onward.seeds import generator
 
-CHAINS = [(schedule, *size) for schedule in SCHEDULES for size in ((1, 0.9), (5, 0.999), (12, 0.99))]
+CHAINS = [(schedule, *size) for schedule in NOISE_SCHEDULES for size in ((1, 0.9), (5, 0.999), (12, 0.99))]
 
 
 def noprop(**kwargs) -> NoProp:
@@ -87,14 +88,14 @@ def test_joint_density_agrees_with_the_factorised_one():
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 def test_a_sampled_chain_of_perfect_denoisers_has_the_moments_of_q(schedule):
     """Monte Carlo through the rule's own code, blocks replaced by an oracle: z-scores of the moments."""
     n, steps = 20000, 4
     rule = noprop(steps=steps, noise_schedule=schedule, signal_share=0.95)
     engine = make_engine(rule, widths=(5,), dtype=torch.float64)
     y = torch.arange(n) % 10
-    u = rule.codes[y]
+    u = rule.codes.weight[y]
     noise = rule.noise(engine, Batch(torch.zeros(n, 64, dtype=torch.float64), total=n), "tests/chain")
     # the chain starts from N(0, I): start it from q(z_0|y) instead, so that every marginal is exact
     noise[:, 0] = rule.noised(0, u, noise[:, 0])
@@ -163,12 +164,14 @@ def total_losses(engine, batch, codes):
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
-@pytest.mark.parametrize("embedding", ["one_hot", "learned"])
+@pytest.mark.parametrize("embedding", ["one_hot", "learned", "prototype"])
 def test_every_update_is_autograd_of_algorithm_1(embedding, norm):
     engine = engine_of(embedding=embedding, embedding_dim=6, norm=norm, noise_schedule="log_snr",
-                       signal_share=0.9)
-    batch, twin = a_batch(12, torch.float64), copy.deepcopy(engine)
-    losses, ce, kl = total_losses(twin, batch, twin.rule.codes)
+                       signal_share=0.9, weighting="snr")
+    batch, twin = a_batch(60, torch.float64), copy.deepcopy(engine)
+    if twin.rule.codes.begin(twin, batch):
+        match(twin.model.readout, twin.rule.codes.weight)
+    losses, ce, kl = total_losses(twin, batch, twin.rule.codes.weight)
     readout = list(twin.model.readout.parameters())
     wanted = {"readout": torch.autograd.grad(ce, readout, retain_graph=True)}
     for i, block in enumerate(twin.model.blocks):
@@ -176,9 +179,9 @@ def test_every_update_is_autograd_of_algorithm_1(embedding, norm):
         others = [p for j, b in enumerate(twin.model.blocks) if j != i for p in b.parameters()]
         leaked = torch.autograd.grad(losses[i], [*others, *readout], retain_graph=True, allow_unused=True)
         assert all(g is None for g in leaked), "a block's loss reaches another unit"
-    if embedding == "learned":
+    if embedding != "one_hot":
         mean = torch.stack([loss + ce + kl for loss in losses]).mean()
-        wanted["shared"] = torch.autograd.grad(mean, [twin.rule.codes])
+        wanted["shared"] = torch.autograd.grad(mean, [twin.rule.codes.weight])
 
     metrics = {}
     step = engine.rule.step
@@ -268,7 +271,7 @@ def test_readouts_sampled_averaged_and_noise_free():
 def test_chain_is_the_equation_written_out():
     engine = engine_of(embedding="learned", embedding_dim=6)
     rule, batch = engine.rule, a_batch(5, torch.float64)
-    w = rule.codes.detach()
+    w = rule.codes.weight.detach()
     with engine.inference():
         eps = rule.noise(engine, batch, "tests")
         z = eps[:, 0]
@@ -294,6 +297,16 @@ def test_schedules_choose_the_blocks_that_learn():
             assert "readout" in taken
             learnt.append(sorted(int(name[5:]) for name in taken if name.startswith("block")))
         assert learnt == expected, schedule
+
+
+@pytest.mark.parametrize("schedule", ["alternating", "greedy"])
+def test_a_run_too_short_to_train_every_block_is_refused(schedule):
+    rule = noprop(schedule=schedule)
+    rule.check_plan(3, 3)
+    with pytest.raises(ConfigError, match="blocks need at least 3") as caught:
+        rule.check_plan(3, 2)
+    assert caught.value.key == "algo.schedule"
+    noprop().check_plan(3, 1)
 
 
 def test_noise_is_cut_from_the_global_batch():
@@ -342,6 +355,32 @@ def test_parameter_count_is_that_of_figure_6():
     assert not head.bias.any()
 
 
+def test_the_experiment_at_the_paper_s_size_is_figure_6():
+    """conv 32 - pool - conv 64 - conv 128 - pool, each with dropout 0.2; then the dense branches of width 256."""
+    from onward.config import build
+    from onward.data.spec import DataSpec
+    from onward.data.task import Classification
+    from onward.samples import composed
+
+    cfg = composed("experiment=li2025_noprop_paper_mnist")
+    spec = DataSpec("mnist", "image", (1, 28, 28), Classification(10), 54000, 6000, 10000)
+    rule = build(cfg.algo, key="algo")
+    stack = rule.setup(build(cfg.model, spec, key="model"), spec)
+    assert (len(stack.blocks), rule.eta, rule.norm, rule.hidden, rule.weighting) == (10, 0.1, "batch", 256, "snr")
+    block = stack.blocks[-1]
+    assert [b.out_shape for b in block.trunk.blocks] == [(32, 14, 14), (64, 14, 14), (128, 7, 7)]
+    assert all(b.dropout.p == 0.2 for b in block.trunk.blocks)
+
+    def dense(n_in, n_out, norms=True):
+        return n_in * n_out + n_out + (2 * n_out if norms else 0)
+
+    convs = sum(9 * a * b + b for a, b in ((1, 32), (32, 64), (64, 128)))
+    label = dense(10, 256) + 2 * dense(256, 256)
+    fusion = dense(512, 256) + dense(256, 128) + dense(128, 10, norms=False)
+    wanted = convs + dense(128 * 7 * 7, 256) + label + fusion
+    assert sum(p.numel() for p in block.parameters()) == wanted
+
+
 def test_convolutional_image_branches_see_images():
     spec = digits()[0]
     engine = make_engine(noprop(norm="layer"), model=cnn(spec, channels=(4, 6)), spec=spec)
@@ -349,7 +388,7 @@ def test_convolutional_image_branches_see_images():
     engine.train_step(a_batch(16))
     assert all(not torch.equal(p, b) for p, b in zip(engine.model.parameters(), before, strict=True))
     block, x = engine.model.blocks[0], a_batch(3).x
-    h = block.trunk[1](block.trunk[0](x)).mean((2, 3))
+    h = block.trunk.blocks[1](block.trunk.blocks[0](x)).mean((2, 3))
     out = block(torch.cat([torch.zeros(3, 20), x.flatten(1)], 1))
     label = block.label(torch.zeros(3, 10))
     logits = block.fusion(torch.cat([block.image(h), label + block.residual(label)], 1))
@@ -386,6 +425,75 @@ def test_batch_normalisation_of_a_batch_of_one_uses_running_statistics():
     torch.testing.assert_close(BatchNorm(3).double()(x), reference(x), rtol=0, atol=0)
 
 
+def test_prototypes_are_denoised_as_images():
+    """The noisy label of a prototype goes through a trunk of its own, as the data do."""
+    engine = make_engine(noprop(embedding="prototype"), model=cnn(digits()[0], channels=(4, 6)), dtype=torch.float64)
+    batch, block = a_batch(40, torch.float64), engine.model.blocks[1]
+    engine.train_step(batch)
+    engine.model.eval()
+    z = torch.randn(3, 64, generator=generator(0, 0, "z"), dtype=torch.float64)
+    state = torch.cat([torch.zeros(3, 10).double(), z, batch.x[:3].flatten(1)], 1)
+    label = block.label[0]
+    h = label.blocks[1](label.blocks[0](z.view(3, 1, 8, 8))).mean((2, 3))
+    logits = block.fusion(torch.cat([block.image(block.trunk(batch.x[:3].flatten(1))), block.label[1:](h)], 1))
+    torch.testing.assert_close(block(state)[:, :10], torch.softmax(logits, 1))
+    shared = {p.data_ptr() for p in label.parameters()} & {p.data_ptr() for p in block.trunk.parameters()}
+    assert not shared
+
+
+def test_its_stack_is_no_network_that_backprop_could_train():
+    """The alignment probe has nothing to compare with, and gives no figure instead of failing."""
+    from onward.probe.alignment import Alignment
+
+    assert Alignment().measure(engine_of(), a_batch(8, torch.float64)) == {}
+
+
+def test_the_default_weights_of_a_trained_embedding_span_no_orders_of_magnitude():
+    assert noprop().weighting == "snr"
+    for embedding in ("learned", "prototype"):
+        rule = noprop(embedding=embedding)
+        assert rule.weighting == "uniform" and rule.weights == [rule.eta] * rule.steps
+    assert noprop(embedding="learned", weighting="snr").weights[-1] > 100
+
+
+# ---------------------------------------------------------------------- defects of public implementations
+
+
+def test_the_share_of_signal_grows_along_the_chain():
+    """A public implementation runs its schedule 1 .. 0.1 and infers in reverse, another has abar fall: block T
+    would be given the noisiest label. Here block 1 sees pure noise and block T the cleanest label."""
+    for schedule in NOISE_SCHEDULES:
+        abar = signal_shares(schedule, 10, 0.999)
+        assert (abar.diff() > 0).all() and abar[0] <= 0.0011 and abar[-1] == pytest.approx(0.999)
+
+
+def test_inference_mixes_the_old_state_in():
+    """A public implementation sets z to its estimate and adds noise, which drops b_t z_{t-1}."""
+    engine = engine_of(noise_schedule="log_snr", signal_share=0.9)
+    rule, x = engine.rule, a_batch(4, torch.float64).x
+    inert = torch.zeros(4, 10, dtype=torch.float64)
+
+    def no_estimate(i, h):
+        return torch.cat([inert, h[:, 10:]], dim=1)
+
+    noise = torch.zeros(4, 4, 10, dtype=torch.float64)
+    noise[:, 0] = 1.0
+    end = rule.chain(no_estimate, x, noise)
+    torch.testing.assert_close(end, torch.full_like(end, math.prod(rule.b)))
+    assert math.prod(rule.b) > 1e-3
+
+
+def test_no_trunk_is_shared_between_blocks():
+    """A public implementation trains one conv trunk with every block's gradient, another leaves it out of every
+    optimizer: here each block's optimizer group holds a trunk of its own."""
+    engine = engine_of()
+    for i, block in enumerate(engine.model.blocks):
+        own = {id(p) for p in engine.updates.groups[f"block{i}"]}
+        assert {id(p) for p in block.trunk.parameters()} <= own
+        for j, other in enumerate(engine.model.blocks):
+            assert i == j or not own & {id(p) for p in other.parameters()}
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -407,7 +515,7 @@ def test_what_means_nothing_is_refused_with_a_sentence():
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("steps", 0), ("eta", 0.0), ("embedding", "prototype"), ("embedding_dim", 0), ("noise_schedule", "cosin"),
+    ("steps", 0), ("eta", 0.0), ("embedding", "prototypes"), ("embedding_dim", 0), ("noise_schedule", "cosin"),
     ("signal_share", 1.0), ("weighting", "snrs"), ("hidden", 0), ("norm", "rms"), ("readout", "mean"),
     ("runs", 0), ("schedule", "sequential"),
 ])

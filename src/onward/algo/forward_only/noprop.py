@@ -2,154 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from onward.algo.base import BlockLocal, RuleInfo, choice
+from onward.algo.forward_only.denoising import (
+    NOISE_SCHEDULES,
+    ChainStack,
+    Diffusion,
+    LabelCodes,
+    denoising_chain,
+    match,
+    matching_head,
+    mean_class,
+    refusal,
+    signal_shares,
+)
 from onward.errors import ConfigError
-from onward.model.base import Block, OutLayout, Readout, Stack, pool, vector_norm
-
-SCHEDULES = ("cosine", "linear", "log_snr")
-
-
-def signal_shares(schedule: str, steps: int, last: float) -> Tensor:
-    """``abar_0 < .. < abar_T = last``, the share of signal in z_t, float64 (T+1,).
-
-    ``cosine``: ``last * sin^2(pi t / 2T)``; ``linear``: ``last * t / T``; both start from pure noise.
-    ``log_snr``: ``sigmoid`` of a line from ``-logit(last)`` to ``logit(last)``, so abar_0 = 1 - last.
-    """
-    t = torch.arange(steps + 1, dtype=torch.float64) / steps
-    if schedule == "cosine":
-        return last * torch.sin(0.5 * math.pi * t).square()
-    if schedule == "linear":
-        return last * t
-    return torch.sigmoid((2.0 * t - 1.0) * math.log(last / (1.0 - last)))
-
-
-@dataclass(frozen=True)
-class Diffusion:
-    """The Gaussian chain around a label embedding u, fixed by ``abar`` (T+1,), t = 0 .. T.
-
-    ``q(z_t | y) = N(sqrt(abar_t) u, 1 - abar_t)`` and ``q(z_{t-1} | z_t) = N(sqrt(alpha_{t-1}) z_t,
-    1 - alpha_{t-1})`` with ``alpha_{t-1} = abar_{t-1} / abar_t``. Their Bayes inverse is
-
-    ``q(z_t | z_{t-1}, y) = N(a_t u + b_t z_{t-1}, c_t)``,
-    ``a_t = sqrt(abar_t) (1 - alpha_{t-1}) / (1 - abar_{t-1})``,
-    ``b_t = sqrt(alpha_{t-1}) (1 - abar_t) / (1 - abar_{t-1})``,
-    ``c_t = (1 - abar_t) (1 - alpha_{t-1}) / (1 - abar_{t-1})``, a variance.
-
-    ``a, b, c, weight`` hold index t - 1 for block t = 1 .. T. Source: Li, Teh, Pascanu 2025, eqs. 3, 40, 41.
-    """
-
-    abar: Tensor
-
-    @property
-    def alpha(self) -> Tensor:
-        return self.abar[:-1] / self.abar[1:]
-
-    @property
-    def a(self) -> Tensor:
-        return self.abar[1:].sqrt() * (1 - self.alpha) / (1 - self.abar[:-1])
-
-    @property
-    def b(self) -> Tensor:
-        return self.alpha.sqrt() * (1 - self.abar[1:]) / (1 - self.abar[:-1])
-
-    @property
-    def c(self) -> Tensor:
-        return (1 - self.abar[1:]) * (1 - self.alpha) / (1 - self.abar[:-1])
-
-    @property
-    def snr(self) -> Tensor:
-        """``SNR(t) = abar_t / (1 - abar_t)``, (T+1,)."""
-        return self.abar / (1 - self.abar)
-
-    def kl(self, u: Tensor) -> Tensor:
-        """``KL(q(z_0 | y) || N(0, I))`` of each row of u (M, d), in nats, (M,).
-
-        ``1/2 [abar_0 |u|^2 - d (abar_0 + log(1 - abar_0))]``.
-        """
-        first = self.abar[0].to(u)
-        return 0.5 * (first * u.square().sum(-1) - u.shape[-1] * (first + torch.log1p(-first)))
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation that uses its running statistics for a batch of one, which has no variance."""
-
-    def forward(self, x):
-        if self.training and x.shape[0] == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False,
-                                0.0, self.eps)
-        return super().forward(x)
-
-
-class Denoiser(Block):
-    """Class probabilities ``p_t = softmax(g_t(z_{t-1}, x))`` from a noisy label and the data.
-
-    The running state of the stack is one matrix (B, K + d + n): ``[p | z | x]`` with K classes, label
-    dimension d and n inputs. The block reads z and x, writes p and hands z and x on, so that it needs no
-    other wire than its input and knows nothing of the noise levels.
-
-    Networks (Fig. 6, left, of the paper; H = ``hidden``): image ``trunk(x) -> FC H - N``; label
-    ``FC H - N - ReLU -> (FC H - N - ReLU - FC H - N) + skip``; both concatenated
-    ``-> FC H - N - ReLU - FC H/2 - N - ReLU - FC K``, N the normalisation.
-    """
-
-    layout = "flat"
-
-    def __init__(self, trunk: Sequence[Block], out_layout: OutLayout, how: str, features: int,
-                 input_shape: Sequence[int], label_dim: int, n_classes: int, hidden: int, norm: str):
-        super().__init__()
-        n_inputs = math.prod(input_shape)
-        self.input_shape, self.sizes = tuple(input_shape), (n_classes, label_dim, n_inputs)
-        self.in_shape = self.out_shape = (sum(self.sizes),)
-        self.trunk, self.out_layout, self.how = nn.ModuleList(trunk), out_layout, how
-
-        def layer(n_in: int, n_out: int) -> list[nn.Module]:
-            return [nn.Linear(n_in, n_out), BatchNorm(n_out) if norm == "batch" else vector_norm(norm, n_out)]
-
-        half = max(1, hidden // 2)
-        self.image = nn.Sequential(*layer(features, hidden))
-        self.label = nn.Sequential(*layer(label_dim, hidden), nn.ReLU())
-        self.residual = nn.Sequential(*layer(hidden, hidden), nn.ReLU(), *layer(hidden, hidden))
-        self.fusion = nn.Sequential(*layer(2 * hidden, hidden), nn.ReLU(), *layer(hidden, half), nn.ReLU(),
-                                    nn.Linear(half, n_classes))
-
-    def split(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The parts p (B, K), z (B, d), x (B, n) of a state."""
-        return state.split(self.sizes, dim=1)
-
-    def pre_activation(self, x, context=None):
-        _, z, data = self.split(x)
-        h = data.reshape(-1, *self.input_shape)
-        for block in self.trunk:
-            h = block(h)
-        label = self.label(z)
-        label = label + self.residual(label)
-        logits = self.fusion(torch.cat([self.image(pool(h, self.out_layout, self.how)), label], dim=1))
-        return torch.cat([logits, z, data], dim=1)
-
-    def activate(self, z):
-        logits, noisy, data = self.split(z)
-        return torch.cat([torch.softmax(logits, dim=1), noisy, data], dim=1)
-
-
-class DenoisingStack(Stack):
-    """T denoising blocks and the output head; ``forward`` is the noise-free chain."""
-
-    def __init__(self, blocks: Sequence[Denoiser], readout: Readout,
-                 chain: Callable[[Callable[[int, Tensor], Tensor], Tensor], Tensor]):
-        super().__init__(blocks, readout)
-        self._chain = chain
-
-    def forward(self, x, context=None):
-        return self.readout(self._chain(lambda i, h: self.blocks[i](h), x))
 
 
 class NoProp(BlockLocal):
@@ -167,12 +39,15 @@ class NoProp(BlockLocal):
     Args:
         steps: T, the number of denoising blocks.
         eta: weight of the denoising loss.
-        embedding: ``one_hot`` (fixed, d = classes) or ``learned`` (d = ``embedding_dim``, orthogonal start).
-            A learned one shrinks under large w_t: prefer ``weighting=uniform`` or ``signal_share`` <= 0.9.
+        embedding: ``one_hot`` (fixed, d = classes), ``learned`` (d = ``embedding_dim``, orthogonal start) or
+            ``prototype`` (learned, d = inputs, from one image per class; the noisy label then goes through a
+            second copy of the model). See :class:`LabelCodes`.
         embedding_dim: d of a learned embedding.
         noise_schedule: ``cosine``, ``linear`` or ``log_snr``, see :func:`signal_shares`.
         signal_share: abar_T < 1, the share of signal in the last, cleanest z; bounds the SNR.
-        weighting: ``snr`` (w_t above) or ``uniform`` (w_t = eta), which spans no orders of magnitude.
+        weighting: ``snr`` (w_t above), ``uniform`` (w_t = eta, which spans no orders of magnitude) or ``auto``:
+            ``snr`` for one-hot labels, ``uniform`` for trained ones, which under w_t up to hundreds shrink
+            until all classes are one, because that serves the denoising loss better than denoising.
         hidden: width H of label and fusion branches, see :class:`Denoiser`.
         norm: normalisation inside the blocks: ``batch``, ``layer`` or ``none``.
         readout: the primary one: ``chain`` samples all noise; ``mean_chain`` sets z_0 and eps to zero, their
@@ -197,18 +72,20 @@ class NoProp(BlockLocal):
                  r"\lVert \hat u_t(z_{t-1}, x) - u_y \rVert^2, \quad "
                  r"z_{t-1} \sim \mathcal N(\sqrt{\bar\alpha_{t-1}}\, u_y,\, 1 - \bar\alpha_{t-1})",
         differs="All blocks train on every batch (the paper: one pass over the data per block in an epoch); "
-                "the image branch is the configured model; the head starts as W; no prototype embedding.",
-        reported="Test accuracy, conv image branch, T=10: MNIST 99.47 (one-hot), 99.49 (learned, 20); "
-                 "CIFAR-10 79.25, 79.12; CIFAR-100 45.93, 45.19; backprop twin 99.46, 79.92, 45.85",
+                "the image branch is the configured model; the head starts as W; prototypes are chosen within "
+                "the first batch.",
+        reported="Test accuracy, conv image branch, T=10: MNIST 99.47 (one-hot), 99.49 (learned, 20), 99.54 "
+                 "(prototype); CIFAR-10 79.25, 79.12, 80.54; CIFAR-100 45.93, 45.19, 46.06",
     )
+    end_to_end = False
 
     def __init__(self, steps: int = 10, eta: float = 0.1, embedding: str = "one_hot", embedding_dim: int = 20,
-                 noise_schedule: str = "cosine", signal_share: float = 0.999, weighting: str = "snr",
+                 noise_schedule: str = "cosine", signal_share: float = 0.999, weighting: str = "auto",
                  hidden: int = 256, norm: str = "batch", readout: str = "chain", runs: int = 1,
                  schedule: str = "simultaneous"):
         super().__init__()
         self.schedule = choice("algo.schedule", schedule, ("simultaneous", "alternating", "greedy"))
-        counts = {"steps": steps, "embedding_dim": embedding_dim, "hidden": hidden, "runs": runs}
+        counts = {"steps": steps, "hidden": hidden, "runs": runs}
         for key, value in counts.items():
             if value < 1:
                 raise ConfigError(f"algo.{key}", value, "a positive whole number")
@@ -217,27 +94,24 @@ class NoProp(BlockLocal):
         if not 0.5 < signal_share < 1.0:
             raise ConfigError("algo.signal_share", signal_share, "a share between 0.5 and 1, both excluded")
         self.steps, self.eta, self.hidden, self.runs = steps, eta, hidden, runs
-        self.embedding = choice("algo.embedding", embedding, ("one_hot", "learned"))
-        self.embedding_dim = embedding_dim
-        self.weighting = choice("algo.weighting", weighting, ("snr", "uniform"))
+        self.codes = LabelCodes(embedding, embedding_dim)
+        self.weighting = choice("algo.weighting", weighting, ("auto", "snr", "uniform"))
+        if self.weighting == "auto":
+            self.weighting = "uniform" if self.codes.trained else "snr"
         self.norm = choice("algo.norm", norm, ("batch", "layer", "none"))
         self.readout = choice("algo.readout", readout, ("chain", "mean_chain"))
-        shares = signal_shares(choice("algo.noise_schedule", noise_schedule, SCHEDULES), steps, signal_share)
+        shares = signal_shares(choice("algo.noise_schedule", noise_schedule, NOISE_SCHEDULES), steps, signal_share)
         # plain floats: exact whatever the precision of the run, and no part of a checkpoint
         self.diffusion = d = Diffusion(shares)
         self.abar, self.a, self.b, self.c = (v.tolist() for v in (d.abar, d.a, d.b, d.c))
-        self.weights = (0.5 * steps * eta * d.snr.diff()).tolist() if weighting == "snr" else [eta] * steps
-        self.table: nn.Embedding | None = None
+        by_snr = self.weighting == "snr"
+        self.weights = (0.5 * steps * eta * d.snr.diff()).tolist() if by_snr else [eta] * steps
 
     # ------------------------------------------------------------------ what is trained
 
     def supports(self, model, spec, hardware):
-        if not spec.task.classification or spec.task.per_position:
-            return f"noprop denoises one class label per sample, which data={spec.name} does not have"
-        if spec.layout == "graph":
-            return f"noprop gives every block the data of single samples, but data={spec.name} is one graph"
-        if spec.layout == "tokens":
-            return f"noprop carries data beside a noisy label as real numbers, but data={spec.name} is tokens"
+        if (sentence := refusal("noprop", spec, self.codes.kind)) is not None:
+            return sentence
         if self.norm == "batch" and hardware is not None and hardware.runtime.devices > 1:
             return ("batch normalisation sees one process's share of the batch; with hardware=ddp "
                     "use algo.norm=layer")
@@ -245,32 +119,20 @@ class NoProp(BlockLocal):
 
     def setup(self, model, spec):
         self.n_classes = spec.task.n_outputs
-        self.label_dim = self.n_classes if self.embedding == "one_hot" else self.embedding_dim
-        codes = torch.eye(self.n_classes)
-        if self.embedding == "learned":
-            codes = nn.init.orthogonal_(torch.empty(self.n_classes, self.label_dim))
-            self.table = nn.Embedding(self.n_classes, self.label_dim, _weight=codes)
-        else:
-            self.register_buffer("one_hot", codes, persistent=False)
-        last = model.readout
-        blocks = [
-            Denoiser(trunk, last.layout, last.how, last.linear.in_features, spec.input_shape, self.label_dim,
-                     self.n_classes, self.hidden, self.norm)
-            for trunk in (list(model.blocks) if t == 0 else redraw(model.blocks) for t in range(self.steps))
-        ]
-        head = Readout((self.label_dim,), "flat", self.n_classes, "flatten")
-        with torch.no_grad():  # f starts as the match with each class's embedding, and is trained from there
-            head.linear.weight.copy_(codes)
-            head.linear.bias.zero_()
-        return DenoisingStack(blocks, head, self.chain)
+        self.codes.setup(spec)
+        blocks = denoising_chain(model, spec, self.steps, self.codes.dim, self.hidden, self.norm,
+                                 images=self.codes.kind == "prototype")
+        return ChainStack(blocks, matching_head(self.codes.weight), self.chain)
 
     def shared_module(self):
-        return self.table
+        return self.codes if self.codes.trained else None
 
-    @property
-    def codes(self) -> Tensor:
-        """The label embedding W, (K, d)."""
-        return self.one_hot if self.table is None else self.table.weight
+    def check_plan(self, depth, total_steps):
+        super().check_plan(depth, total_steps)
+        if self.schedule == "alternating" and total_steps < depth:
+            raise ConfigError("algo.schedule", "alternating",
+                              f"simultaneous for a run of {total_steps} updates: one block per update, in turn, "
+                              f"{depth} blocks need at least {depth} (trainer.max_epochs, trainer.max_steps)")
 
     def active(self, engine):
         if self.schedule == "alternating":
@@ -282,13 +144,13 @@ class NoProp(BlockLocal):
 
     def local_loss(self, i, h, batch):
         """``w_t mean |p_t W - W_y|^2`` for block i = t - 1 at its output state h; W is held fixed here."""
-        codes = self.codes.detach()
+        codes = self.codes.weight.detach()
         wrong = h[:, :self.n_classes] @ codes - codes[batch.y]
         return self.weights[i] * wrong.square().sum(1).mean()
 
     def local_gradient(self, i, h, batch):
         """``dL/dp = 2 w_t (p W - W_y) W^T / B``; the parts z and x of the state carry no loss."""
-        codes = self.codes.detach()
+        codes = self.codes.weight.detach()
         wrong = h[:, :self.n_classes] @ codes - codes[batch.y]
         cotangent = torch.zeros_like(h)
         cotangent[:, :self.n_classes] = (2.0 * self.weights[i] / len(h)) * (wrong @ codes.t())
@@ -303,10 +165,12 @@ class NoProp(BlockLocal):
         return torch.cat([z.new_zeros(len(z), self.n_classes), z, x.flatten(1).to(z)], dim=1)
 
     def step(self, engine, batch):
-        codes, y, active = self.codes.detach(), batch.y, self.active(engine)
+        if self.codes.begin(engine, batch):
+            match(engine.model.readout, self.codes.weight)
+        codes, y, active = self.codes.weight.detach(), batch.y, self.active(engine)
         u = codes[y]
         noise = self.noise(engine, batch, "noprop/train")
-        learned = self.table is not None
+        learned = self.codes.trained
         towards = torch.zeros_like(codes)  # gradient of the mean of L_t with respect to W
         metrics: dict[str, Tensor] = {}
         for i in active:
@@ -320,7 +184,7 @@ class NoProp(BlockLocal):
             if learned:
                 p = tape.output[:, :self.n_classes]
                 wrong = (2.0 * self.weights[i] / len(y)) * (p @ codes - u)
-                dz = back[:, self.n_classes:self.n_classes + self.label_dim]
+                dz = back[:, self.n_classes:self.n_classes + self.codes.dim]
                 towards += p.t() @ wrong
                 towards.index_add_(0, y, math.sqrt(self.abar[i]) * dz - wrong)
             metrics[f"block/{i}/loss"] = loss
@@ -339,7 +203,7 @@ class NoProp(BlockLocal):
 
     def noise(self, engine, batch, stream: str) -> Tensor:
         """Standard normal draws of every sample for t = 0 .. T, (B, T+1, d)."""
-        shape, like = (self.steps + 1, self.label_dim), self.codes
+        shape, like = (self.steps + 1, self.codes.dim), self.codes.weight
         drawn = engine.draw(stream, batch, lambda n, g: torch.randn(n, *shape, generator=g, dtype=like.dtype))
         return drawn.to(like.device)
 
@@ -350,8 +214,8 @@ class NoProp(BlockLocal):
 
         ``run(i, state)`` executes block i.
         """
-        k, d = self.n_classes, self.label_dim
-        codes = self.codes.detach()
+        k, d = self.n_classes, self.codes.dim
+        codes = self.codes.weight.detach()
         z = codes.new_zeros(len(x), d) if noise is None else noise[:, 0]
         h = self.state(z, x)
         for i in range(self.steps):
@@ -369,24 +233,3 @@ class NoProp(BlockLocal):
         sampled = [scores(self.noise(engine, batch, f"noprop/chain/{r}")) for r in range(self.runs)]
         readouts = {"chain": mean_class(sampled), "mean_chain": scores(None)}
         return {self.readout: readouts.pop(self.readout), **readouts}
-
-
-def mean_class(scores: Sequence[Tensor]) -> Tensor:
-    """Log of the mean over runs of the class probabilities, (B, K): scores again, up to a row's constant."""
-    if len(scores) == 1:
-        return scores[0]
-    return torch.logsumexp(torch.log_softmax(torch.stack(list(scores)), dim=-1), 0) - math.log(len(scores))
-
-
-def redraw(blocks: Sequence[Block]) -> list[Block]:
-    """Copies of freshly made blocks with new initial values: each tensor's entries in a random order.
-
-    For entries drawn independently this is a fresh draw from whatever distribution the model chose, and
-    constants (zeros, ones) stay what they are. Uses torch's global stream, as every initialisation does.
-    """
-    fresh = copy.deepcopy(list(blocks))
-    with torch.no_grad():
-        for block in fresh:
-            for p in block.parameters():
-                p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
-    return fresh
