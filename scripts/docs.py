@@ -36,7 +36,8 @@ from onward.samples import FAMILIES, composed, family, model, optimizer, rule
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "one update of an MLP 64-128-128-128-10 at batch 64, with the rule's own optimizer"
-KEPT = {"benchmark.md"}
+KEPT = {"benchmark.md", "compare.md", "server.md"}
+KEPT_FOLDER = "comparison/"  # an example that scripts/compare.py wrote
 NOT_RUN = "not run yet"
 
 LOCALITY = {
@@ -293,7 +294,7 @@ def index_page() -> str:
                 "MNIST obtained"], rows), "",
         "Locality is what a block's update depends on:", "", *[f"- **{k}**: {text}" for k, text in LOCALITY.items()],
         "", "See also: [models](models.md), [data](data.md), [hardware](hardware.md), "
-        "[experiments](experiments.md).", ""])
+        "[experiments](experiments.md), [comparisons](compare.md).", ""])
 
 
 def group_page(title: str, group: str, text: str) -> str:
@@ -339,14 +340,15 @@ def experiment_lines(e: dict) -> list[str]:
             ["reported", figure(e["reported"], "none")], ["its source", str(e["reported"].get("source", ""))],
             ["obtained", figure(made, NOT_RUN)]]
     if made:
+        metric = next(key.removeprefix("test_") for key in made if key.startswith("test_"))
         rows += [["every seed", ", ".join(f"{s}: {a:.4f}" for s, a in
-                                         zip(made["seeds"], made["test_accuracy"], strict=True))],
+                                         zip(made["seeds"], made[f"test_{metric}"], strict=True))],
                  ["seconds per seed", f"{made['seconds_per_seed']} on one CPU thread"],
                  ["made by", f"`{made['command']}` at `{made['commit']}`"]]
         rows += [[f"readout {k}", v] for k, v in made.get("other_readouts", {}).items()]
         curve = made.get("validation_curve_of_first_seed", {})
         if curve:
-            rows += [["validation accuracy by epoch", ", ".join(f"{k}: {v:.4f}" for k, v in curve.items())]]
+            rows += [[f"validation {metric} by epoch", ", ".join(f"{k}: {v:.4f}" for k, v in curve.items())]]
     return [f"## {e['name']}", "", f"{e['title']}.", "", "```bash", f"python train.py experiment={e['name']}", "```",
             "", *table(["", ""], rows), ""]
 
@@ -377,7 +379,7 @@ def pages() -> dict[str, str]:
 def stale(wanted: dict[str, str], folder: Path) -> list[str]:
     """Pages that are missing, differ, or should not be there."""
     present = {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*.md")}
-    kept = {n: text for n, text in present.items() if n in KEPT}
+    kept = {n: text for n, text in present.items() if n in KEPT or n.startswith(KEPT_FOLDER)}
     wanted = wanted | kept
     return sorted(n for n in wanted | present if wanted.get(n) != present.get(n))
 

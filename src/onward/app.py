@@ -6,11 +6,12 @@ import json
 import logging
 import resource
 import shlex
+import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,29 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from onward.algo.base import Rule
-from onward.checkpoint import read_checkpoint, resume_config
+from onward.checkpoint import Resumed, read_checkpoint, resume_config
 from onward.config import TrainerSettings, build, config_hash
 from onward.data.base import DataSet
+from onward.data.fingerprint import fingerprint
 from onward.data.spec import DataSpec
 from onward.engine import Engine
 from onward.errors import ConfigError, Unsupported
 from onward.hardware.base import Hardware
 from onward.model.base import Stack
+from onward.model.measured import measured, unmeasurable
 from onward.module import ExperimentModule
 from onward.parallel import Replicated
 from onward.progress import Progress
 from onward.report import run_table
+from onward.search.reporting import reporting, trial_tags
 from onward.seeds import derive
 from onward.tracking.note import run_name
 from onward.tracking.run import Run, TrackingSettings
-from onward.tracking.sweep import parent_run
 
 log = logging.getLogger("onward")
+
+#: Config groups whose choice is shown with a run.
+RUN_CHOICES = ("algo", "model", "data", "hardware", "optimizer", "schedule")
 
 
 @dataclass
@@ -55,8 +61,10 @@ class Parts:
     total_steps: int
 
 
-def assemble(cfg: DictConfig) -> Parts:
+def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
     """Build data, model, rule, hardware and engine from a config; nothing is run and nothing is written.
+
+    ``data`` is what ``cfg.data`` describes, where another run has read it already.
 
     Raises:
         ConfigError, DataError, Unsupported: with the key, the value and what would be valid.
@@ -66,25 +74,28 @@ def assemble(cfg: DictConfig) -> Parts:
     if hardware.runtime.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("hardware.runtime.accelerator", "gpu", "cpu: this machine has no CUDA device")
     rule = build(cfg.algo, key="algo")
-    data = build(cfg.data, key="data")
+    data = data or build(cfg.data, key="data")
     optimizer = build(cfg.optimizer, key="optimizer")
     schedule = build(cfg.schedule, key="schedule")
     probes = [build(node, key=f"probe.{name}") for name, node in cfg.probe.items()]
     spec = data.setup()
     seed = int(cfg.seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, 0, "init/model"))
+        torch.default_generator.manual_seed(derive(seed, 0, "init/model"))
         model = build(cfg.model, rule.input_spec(spec), key="model")
         refusal = refuse(rule, model, spec, hardware)
         if refusal is not None:
             raise Unsupported(refusal)
-        torch.manual_seed(derive(seed, 0, "init/rule"))
+        if hardware.opaque:
+            model = measured(model, hardware.measure, hardware.skip)
+        torch.default_generator.manual_seed(derive(seed, 0, "init/rule"))
         model = rule.setup(model, spec)
     world = hardware.runtime.devices
     n_batches = len(data.loader("train", seed, 0, world))
     total = n_batches * settings.max_epochs
     if settings.max_steps > 0:
         total = min(total, settings.max_steps)
+    rule.check_plan(len(model.blocks), total)
     engine = Engine(rule, model, spec, optimizer, hardware=hardware, schedule=schedule, seed=seed,
                     total_steps=total, clip_norm=settings.clip_norm, accumulate=settings.accumulate,
                     check_locality=settings.check_locality,
@@ -99,37 +110,126 @@ def refuse(rule: Rule, model: Stack, spec: DataSpec, hardware: Hardware) -> str 
             return "batch normalisation sees one process's share of the batch; with hardware=ddp use model.norm=layer"
         if spec.layout == "graph":
             return f"data={spec.name} is one graph, which data-parallel processes cannot share"
+    if hardware.opaque:
+        if not rule.physical:
+            return (f"{rule.info.title} is not declared to learn without derivatives of what is before a block, and "
+                    f"none can pass the physical systems of hardware={hardware.name}")
+        if (refusal := unmeasurable(model)) is not None:
+            return refusal
     return rule.supports(model, spec, hardware)
 
 
-def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_dir: Path,
-            parent_id: str | None = None) -> float | None:
-    """Train, select on validation, test once; everything tracked. Returns the validation figure selected by."""
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run that ended in order.
+
+    Attributes:
+        status: ``FINISHED``, or ``SKIPPED`` for a job of a sweep whose parts do not go together.
+        value: the figure of ``metric`` on validation that the tested checkpoint was selected by.
+        metrics: the last value of every metric of the run.
+    """
+
+    status: str
+    run_id: str
+    metric: str | None = None
+    maximise: bool = True
+    value: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_dir: Path) -> Outcome:
+    """Train, select on validation, test once; everything tracked, and a table at the end."""
     quiet_lightning()
     resumed = None
     if cfg.resume:
         tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
         cfg, choices, run_dir, resumed = resume_config(cfg, overrides, choices, tracking)
     torch.set_num_threads(int(cfg.hardware.runtime.threads))
-    parts = assemble(cfg)
-    tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+    return tracked(cfg, assemble(cfg), overrides, choices, run_dir, None, resumed, show=run_table)
+
+
+def execute_job(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_dir: Path,
+                parent_id: str | None = None, resumed: Resumed | None = None, threads: int | None = None) -> Outcome:
+    """:func:`execute` as a job of a sweep: quietly, as a child of ``parent_id``, on at most ``threads`` threads.
+
+    A job that is refused before its run begins leaves a run too: FAILED with its traceback or, if its rule, model,
+    data and hardware do not go together, FINISHED with the tag ``skipped`` and the reason.
+    """
+    quiet_lightning()
+    torch.set_num_threads(min(int(cfg.hardware.runtime.threads), threads or sys.maxsize))
+    try:
+        parts = assemble(cfg)
+    except Exception as error:
+        run_id = record_refusal(cfg, overrides, choices, run_dir, parent_id, error)
+        if isinstance(error, Unsupported):
+            return Outcome("SKIPPED", run_id, reason=str(error))
+        raise
+    if parts.settings.progress != "lines":
+        parts.settings = replace(parts.settings, progress="none")
+    return tracked(cfg, parts, overrides, choices, run_dir, parent_id, resumed, show=None)
+
+
+def tracked(cfg: DictConfig, parts: Parts, overrides: list[str], choices: dict[str, str], run_dir: Path,
+            parent_id: str | None, resumed: Resumed | None, show: Callable[..., None] | None) -> Outcome:
+    """The run of a config whose parts are built; ``show`` gets its figures at the end."""
     identity = {"rule": choices["algo"], "config_hash": config_hash(cfg)}
     if resumed is not None:
         read_checkpoint(resumed.checkpoint, expect_rule=identity["rule"])
-    name = cfg.name or run_name(choices["algo"], choices["model"], choices["data"], cfg.seed)
+    with begin(cfg, parts, overrides, choices, run_dir, parent_id, resumed) as run:
+        value, results = fit(cfg, parts, run, run_dir, choices, {**identity, "run_id": run.run_id},
+                             resumed.checkpoint if resumed else None)
+        if TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs).plots == "always" or show is not None:
+            run.plot()
+        if show is not None:
+            show(run, parts.spec.task, sum(p.numel() for p in parts.model.parameters()), results)
+    task = parts.spec.task
+    reason = (run.tag("status_reason") or "") if run.tag("pruned") == "true" else ""
+    return Outcome("FINISHED", run.run_id, f"val/{task.metric}", task.maximise, value, run.metrics(), reason)
+
+
+@contextmanager
+def begin(cfg: DictConfig, parts: Parts, overrides: list[str], choices: dict[str, str], run_dir: Path,
+          parent_id: str | None = None, resumed: Resumed | None = None, more_tags: dict[str, str] | None = None,
+          ) -> Iterator[Run]:
+    """The tracked run of a config whose parts are built, closed by how the ``with`` ends."""
+    tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+    name = given_name(cfg, choices)
     with Run.start(tracking, name=name, directory=run_dir, params=parameters(cfg, choices, overrides, parts),
-                   tags=tags(cfg, choices, overrides, parts), run_id=resumed.run_id if resumed else None,
-                   parent_id=parent_id) as run:
+                   tags={**tags(cfg, choices, overrides, parts), **(more_tags or {})},
+                   run_id=resumed.run_id if resumed else None, parent_id=parent_id) as run:
         save_config(run, cfg, choices, overrides)
         log.info("%s: %s parameters, at most %s updates, %s", name,
                  f"{sum(p.numel() for p in parts.model.parameters()):,}", f"{parts.total_steps:,}", run_dir)
-        return fit(cfg, parts, run, run_dir, choices, {**identity, "run_id": run.run_id},
-                   resumed.checkpoint if resumed else None)
+        yield run
+
+
+def record_refusal(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_dir: Path,
+                   parent_id: str | None, error: Exception) -> str:
+    """The run of a job that could not begin; its id."""
+    tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+    told = {k: v for k, v in choices.items() if k in RUN_CHOICES}
+    run = Run.start(tracking, name=given_name(cfg, choices), directory=run_dir, params={**told, "seed": cfg.seed},
+                    tags=base_tags(cfg, choices, overrides), parent_id=parent_id)
+    with suppress(type(error)), run:
+        save_config(run, cfg, choices, overrides)
+        if not isinstance(error, Unsupported):
+            raise error
+        run.set_tags({"skipped": "true", "status_reason": str(error)})
+    return run.run_id
+
+
+def given_name(cfg: DictConfig, choices: dict[str, str]) -> str:
+    """The run's name: what ``name=`` says, or rule, model, data and seed."""
+    return cfg.name or run_name(choices["algo"], choices["model"], choices["data"], cfg.seed)
 
 
 def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[str, str],
-        identity: dict[str, str], checkpoint: Path | None) -> float:
-    """The Trainer around the rule: fit, then test the checkpoint that validation selected."""
+        identity: dict[str, str], checkpoint: Path | None) -> tuple[float, dict[str, float]]:
+    """The Trainer around the rule: fit, then test the checkpoint that validation selected.
+
+    Returns the validation figure that selected it, and the results of the run.
+    """
     settings, task, runtime = parts.settings, parts.spec.task, parts.hardware.runtime
     module = ExperimentModule(parts.engine, log=run.log, probes=parts.probes, max_steps=settings.max_steps,
                               window=max(10, parts.total_steps // 200), identity=identity)
@@ -140,17 +240,21 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
         callbacks += [saver, *others]
     if settings.patience is not None:
         callbacks.append(EarlyStopping(metric, mode=mode, patience=settings.patience, verbose=False))
+    trial = reporting(cfg, metric)
+    if trial is not None:
+        callbacks.append(trial)
     seed = int(cfg.seed)
     started = time.perf_counter()
     trainer = make_trainer(parts, callbacks, run_dir)
-    loader = RankedLoader(parts.data, "train", seed, runtime.devices, settings.updates_per_step)
+    loader = RankedLoader(parts.data, "train", seed, runtime.devices,
+                          settings.batches_per_step(parts.data.batch_size))
     with profiled(settings.profile, run_dir):
         trainer.fit(module, loader, RankedLoader(parts.data, "val", seed, 1), weights_only=True,
                     ckpt_path=str(checkpoint) if checkpoint else None)
     run.flush()
     best = saver.best_model_path if settings.checkpoint else ""
     last = run_dir / "checkpoints" / "last.ckpt"
-    if settings.checkpoint and last.exists():
+    if runtime.devices > 1 and settings.checkpoint and last.exists():  # others trained, and counted
         module.train_seconds = float(read_checkpoint(last)["onward"]["train_seconds"])
     evaluator = make_trainer(parts, [], run_dir, alone=True)
     if metric not in trainer.callback_metrics:  # the run ended before its first validation
@@ -171,9 +275,9 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     }
     run.log(results, parts.engine.step_index)
     run.set_tags({"readout": getattr(module, "primary_readout", "")})
-    run.plot()
-    run_table(run, parts.spec.task, sum(p.numel() for p in parts.model.parameters()), results)
-    return selected
+    if trial is not None and (why := trial.pruned()):
+        run.set_tags({"pruned": "true", "status_reason": why})
+    return selected, results
 
 
 @contextmanager
@@ -191,16 +295,6 @@ def profiled(folder: str | None, run_dir: Path) -> Iterator[None]:
         (target / f"{order}.txt").write_text(averages.table(sort_by=order, row_limit=40), encoding="utf-8")
     profile.export_chrome_trace(str(target / "trace.json"))
     log.info("profile in %s", target)
-
-
-@contextmanager
-def sweep(cfg: DictConfig, overrides: list[str], directory: Path) -> Iterator[str | None]:
-    """The parent run of a multirun; closed with the true status of its children."""
-    settings = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
-    asked = [word for word in overrides if not word.startswith("hydra.")]
-    directory.mkdir(parents=True, exist_ok=True)
-    with parent_run(settings, directory, f"sweep · {' '.join(asked)}") as parent:
-        yield parent.run_id
 
 
 def savers(folder: Path, metric: str, mode: str) -> list[ModelCheckpoint]:
@@ -256,7 +350,7 @@ def make_trainer(parts: Parts, callbacks: list, run_dir: Path, alone: bool = Fal
 
 def parameters(cfg: DictConfig, choices: dict[str, str], overrides: list[str], parts: Parts) -> dict[str, Any]:
     """What the UI's parameter columns show: choices, the rule's own axes, optimizer, and anything overridden."""
-    shown: dict[str, Any] = {k: choices[k] for k in ("algo", "model", "data", "hardware", "optimizer", "schedule")}
+    shown: dict[str, Any] = {k: choices[k] for k in RUN_CHOICES}
     shown["seed"] = cfg.seed
     for group in ("algo", "optimizer", "model"):
         for key, value in OmegaConf.to_container(cfg[group], resolve=True).items():
@@ -273,12 +367,20 @@ def parameters(cfg: DictConfig, choices: dict[str, str], overrides: list[str], p
 
 
 def tags(cfg: DictConfig, choices: dict[str, str], overrides: list[str], parts: Parts) -> dict[str, str]:
-    """Tags that group and filter runs: the group is the config without its seed."""
+    """What groups and filters runs: :func:`base_tags`, and what the rule says of itself."""
     info = parts.rule.info
+    return {**base_tags(cfg, choices, overrides), "locality": info.locality, "tier": parts.rule.tier,
+            "control": str(info.control).lower(), "metric": parts.spec.task.metric,
+            "goal": "max" if parts.spec.task.maximise else "min", "data_fingerprint": fingerprint(parts.data)}
+
+
+def base_tags(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> dict[str, str]:
+    """What is known of a run before anything is built: runs of a ``group`` differ in their seed alone, runs of a
+    ``cell`` in nothing that changes what they compute."""
     return {"algo": choices["algo"], "model": choices["model"], "data": choices["data"],
-            "hardware": choices["hardware"], "seed": str(cfg.seed), "locality": info.locality,
-            "tier": parts.rule.tier, "control": str(info.control).lower(), "group": config_hash(cfg),
-            "command": shlex.join(["python", "train.py", *overrides])}
+            "hardware": choices["hardware"], "seed": str(cfg.seed), "group": config_hash(cfg),
+            "cell": config_hash(cfg, with_seed=True), "command": shlex.join(["python", "train.py", *overrides]),
+            **trial_tags(cfg)}
 
 
 def save_config(run: Run, cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> None:
@@ -291,7 +393,8 @@ def save_config(run: Run, cfg: DictConfig, choices: dict[str, str], overrides: l
 def quiet_lightning() -> None:
     """Lightning's tips and device notes say nothing a run needs; warnings stay."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        if logging.getLogger(name).level != logging.WARNING:
+            logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*`validation_step` but have no `val_dataloader`.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
     from omegaconf import DictConfig
 
+    from onward.launch.job import JobResult
+    from onward.launch.sweep import Sweep
+
 #: Exit codes: a run that failed; a command line or config that cannot be run; what a shell gives for signals.
 FAILED, INVALID, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-
-FAILURE_FILE = "failure.json"
 
 
 class Terminated(SystemExit):
@@ -158,11 +159,10 @@ def run_tool(path: Path, words: list[str]) -> int:
 # ---------------------------------------------------------------------- one run
 
 
-class Job:
-    """What Hydra calls with a composed config. A failure is kept here, and left in the job's folder."""
+class Run:
+    """What Hydra calls with the composed config of a single run. A failure is kept here, and shown by the caller."""
 
-    def __init__(self, parent_id: str | None = None, in_sweep: bool = False):
-        self.parent_id, self.in_sweep = parent_id, in_sweep
+    def __init__(self):
         self.error: Exception | None = None
 
     def __call__(self, cfg: DictConfig) -> float | None:
@@ -170,20 +170,16 @@ class Job:
 
         hydra = HydraConfig.get()
         directory = Path(hydra.runtime.output_dir)
-        overrides = list(hydra.overrides.task)
         choices = {k: str(v) for k, v in hydra.runtime.choices.items() if not k.startswith("hydra")}
         try:
             from onward.app import execute
 
-            return execute(cfg, overrides, choices, directory, self.parent_id)
-        except Exception as error:  # noqa: BLE001 - reported by `single`, or by `sweep`, whose other jobs go on
+            return execute(cfg, list(hydra.overrides.task), choices, directory).value
+        except Exception as error:  # noqa: BLE001 - reported by `single`
             self.error = error
-            if self.in_sweep:
-                leave_failure(directory, overrides, error)
-            elif isinstance(error, (ConfigError, DataError, Unsupported)):
+            if isinstance(error, (ConfigError, DataError, Unsupported)):
                 discard(directory)
-            # a sweeper that optimises must see that this point has no value
-            return float("nan")
+            return None
 
 
 def single(hydra: Hydra, name: str, overrides: list[str]) -> int:
@@ -192,12 +188,15 @@ def single(hydra: Hydra, name: str, overrides: list[str]) -> int:
 
     from onward.compose import compose_run, explained
 
-    if compose_run(hydra, overrides, name).hydra.mode == RunMode.MULTIRUN:
+    cfg = compose_run(hydra, overrides, name)
+    if cfg.hydra.mode == RunMode.MULTIRUN:
         return sweep(hydra, name, overrides)
-    job = Job()
+    if _searches(cfg):
+        raise ConfigError("sweep", cfg.hydra.runtime.choices.get("sweep"), "-m beside it: a search is many runs")
+    run = Run()
     with explained(hydra, overrides, name):
-        hydra.run(name, job, [*overrides, "hydra.mode=RUN"])
-    return report(job.error) if job.error is not None else 0
+        hydra.run(name, run, [*overrides, "hydra.mode=RUN"])
+    return report(run.error) if run.error is not None else 0
 
 
 def discard(directory: Path) -> None:
@@ -217,48 +216,98 @@ def discard(directory: Path) -> None:
 
 def sweep(hydra: Hydra, name: str, overrides: list[str]) -> int:
     """Check every job first; then run them all, whatever fails; then list the failures."""
-    from hydra.types import RunMode
+    from onward.compose import expand
+    from onward.launch.sweep import Sweep, compose_sweep
 
-    from onward.compose import compose_run, expand, explained
-
-    overrides = [word for word in overrides if not word.startswith("hydra.mode=")] + ["hydra.mode=MULTIRUN"]
-    with explained(hydra, overrides, name, multirun=True):
-        cfg = hydra.compose_config(name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
-        jobs = expand(hydra, cfg)
-    for job in jobs:
-        compose_run(hydra, job, name)
-    directory = Path(str(cfg.hydra.sweep.dir)).absolute()
-    pinned = str(directory).replace("\\", "\\\\").replace('"', '\\"')
-    overrides.append(f'hydra.sweep.dir="{pinned}"')
-    from onward import app
-
-    asked = list(cfg.hydra.overrides.task)
-    with app.sweep(cfg, asked, directory) as parent_id, explained(hydra, overrides, name, multirun=True):
-        hydra.multirun(name, Job(parent_id, in_sweep=True), overrides)
-    return report_failures(directory)
-
-
-def leave_failure(directory: Path, overrides: list[str], error: Exception) -> None:
-    """Say it now, and write it where the parent process finds it, whatever process or machine this is."""
-    reason = str(error) if isinstance(error, OnwardError) else f"{type(error).__name__}: {error}"
-    say(f"error: job {directory.name} ({' '.join(overrides)}): {reason}")
-    if not isinstance(error, OnwardError) or _full_errors():
-        traceback.print_exception(error)
-    content = {"job": directory.name, "overrides": overrides, "reason": reason}
-    (directory / FAILURE_FILE).write_text(json.dumps(content), encoding="utf-8")
+    overrides = [word for word in overrides if not word.startswith("hydra.mode=")]
+    cfg = compose_sweep(hydra, name, overrides)
+    settings = [word for word in overrides if word.startswith(("hydra.", "hydra/", "+hydra", "++hydra", "~hydra"))]
+    jobs = expand(hydra, cfg)
+    made = Sweep(hydra, cfg, name, fixed=settings, asked=overrides)
+    if _searches(cfg):
+        return search(made, jobs)
+    cells = made.prepare(jobs)
+    if cells:
+        made.key = made.key_of(cells)
+    if cells and _ours(cfg):
+        made.pool()
+        with made:
+            for _ in made.run(cells):
+                pass
+    else:
+        through_hydra(hydra, name, overrides, made)
+    return report_sweep(made)
 
 
-def report_failures(directory: Path) -> int:
-    """List the jobs of a sweep that failed; the exit code."""
-    folders = [p for p in directory.iterdir() if p.is_dir()] if directory.is_dir() else []
-    failures = [json.loads(p.read_text(encoding="utf-8")) for p in directory.glob(f"*/{FAILURE_FILE}")]
+def _ours(cfg: DictConfig) -> bool:
+    return str(cfg.hydra.launcher._target_).startswith("hydra_plugins.onward_launchers.")
+
+
+def _searches(cfg: DictConfig) -> bool:
+    return "sampler" in (cfg.get("sweep") or {})
+
+
+def search(made: Sweep, cells: list[list[str]]) -> int:
+    """Search every cell's space, train the best settings on the final seeds, and show what was found."""
+    from onward.search.run import Search
+
+    made.name = made.name.replace("sweep ·", "search ·", 1)
+    search = Search(made, cells)
+    search.run()
+    if made.settings.view != "none":
+        sys.stdout.write(f"{made.name}\n\n{search.report()}\nsweep  {made.directory}\n")
+        sys.stdout.flush()
+    report_failures(made, search.failures, len(made.results))
+    return FAILED if search.failures or search.incomplete else 0
+
+
+def through_hydra(hydra: Hydra, name: str, overrides: list[str], made: Sweep) -> None:
+    """A sweep whose sweeper or launcher is Hydra's own or somebody else's plugin: they choose and carry the jobs."""
+    from onward.compose import explained
+    from onward.launch.hydra import SweepStopped, Task, collect
+
+    pinned = str(made.directory).replace("\\", "\\\\").replace('"', '\\"')
+    words = [*overrides, "hydra.mode=MULTIRUN", f'hydra.sweep.dir="{pinned}"']
+    with made, explained(hydra, words, name, multirun=True):
+        try:
+            hydra.multirun(name, Task(made), words)
+        except SweepStopped:
+            made.stopped = "sweep.fail_fast"
+        finally:
+            collect(made)
+
+
+def report_sweep(made: Sweep) -> int:
+    """Show what became of the jobs, list those that failed; the exit code."""
+    from onward.launch.job import FAILED as LOST
+    from onward.launch.job import KILLED
+    from onward.launch.view import summary
+
+    results = sorted(made.results, key=lambda result: result.index)
+    if made.settings.view != "none":
+        lines = [f"{made.name}\n", summary(results, time.monotonic() - made.began), f"sweep  {made.directory}"]
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+    failures = [result for result in results if result.status in (LOST, KILLED)]
+    report_failures(made, failures, len(results))
+    return FAILED if failures else 0
+
+
+def report_failures(made: Sweep, failures: Sequence[JobResult], jobs: int) -> None:
+    """List the jobs that failed, each with its reason and its traceback's place."""
+    from onward.launch.job import KILLED
+
     if not failures:
-        return 0
-    failures.sort(key=lambda f: (len(f["job"]), f["job"]))
-    say(f"\nerror: {len(failures)} of {len(folders)} jobs failed:")
+        return
+    left = "" if not made.stopped else f" ({made.stopped}: the others were not started)"
+    say(f"\nerror: {len(failures)} of {jobs} jobs failed{left}:")
     for failure in failures:
-        say(f"  job {failure['job']}  {' '.join(failure['overrides'])}\n      {failure['reason']}")
-    return FAILED
+        what = "killed: " if failure.status == KILLED else ""
+        say(f"  job {failure.index}  {' '.join(failure.overrides)}\n      {what}{failure.reason}")
+        if failure.status != KILLED and failure.directory:
+            trace = Path(failure.directory) / "traceback.txt"
+            if trace.is_file():
+                say(f"      {trace}")
 
 
 # ---------------------------------------------------------------------- messages and signals

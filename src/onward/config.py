@@ -22,12 +22,12 @@ ALLOWED = ("onward", "torch", "pytorch_lightning", "torchmetrics")
 
 #: Keys of the root config: the groups that must be there, those that may be empty, and plain values.
 GROUPS = ("hardware", "data", "model", "optimizer", "schedule", "trainer", "tracking", "algo")
-OPTIONAL = ("probe",)
+OPTIONAL = ("probe", "sweep")
 VALUES = ("seed", "name", "resume", "search", "reported", "obtained", "paths")
 
 #: What does not change what a run computes, and is left out of :func:`config_hash`.
 NOT_HASHED = frozenset({"seed", "name", "resume", "search", "reported", "obtained", "tracking", "paths",
-                        "hydra"})
+                        "sweep", "hydra"})
 NOT_HASHED_TRAINER = frozenset({"progress", "profile"})
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class TrainerSettings:
 
     max_epochs: int = 10
     max_steps: int = -1
-    updates_per_step: int = 1
+    updates_per_step: int | Literal["auto"] = "auto"
     clip_norm: float | None = None
     accumulate: int = 1
     validate_every: int = 1
@@ -60,7 +60,7 @@ class TrainerSettings:
         counts = {"max_epochs": "epochs", "updates_per_step": "batches", "accumulate": "batches",
                   "validate_every": "epochs"}
         for name, unit in counts.items():
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name}", getattr(self, name), f"a positive number of {unit}")
         if self.validate_every > self.max_epochs:
             raise ConfigError("trainer.validate_every", self.validate_every,
@@ -73,6 +73,10 @@ class TrainerSettings:
         if self.patience is not None and self.patience < 1:
             raise ConfigError("trainer.patience", self.patience,
                               "a positive number of validations, or null for no early stop")
+
+    def batches_per_step(self, batch_size: int) -> int:
+        """``updates_per_step``; auto: as many batches as hold 512 samples together, as their cost hides the step's."""
+        return max(1, 512 // batch_size) if self.updates_per_step == "auto" else self.updates_per_step
 
     @classmethod
     def from_config(cls, node: Mapping) -> TrainerSettings:
@@ -133,7 +137,7 @@ def config_hash(cfg: DictConfig, *, with_seed: bool = False) -> str:
     if isinstance(content.get("trainer"), dict):
         content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in NOT_HASHED_TRAINER}
     if with_seed:
-        content["seed"] = cfg.seed
+        content["seed"] = cfg["seed"]
     text = json.dumps(_canonical(content), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -24,7 +24,9 @@ TITLES = {
     "tracking": "where runs are recorded",
     "experiment": "presets with published and obtained figures",
     "debug": "short runs for finding faults",
+    "sweep": "how the jobs of a sweep go on",
     "hydra": "where runs write and how they log",
+    "hydra/launcher": "where the jobs of a sweep run",
 }
 
 EXAMPLES = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +14,26 @@ from omegaconf import DictConfig
 from onward import cli
 
 
+class FakeParent:
+    """A sweep's run that is nowhere stored."""
+
+    run_id = "the parent"
+
+    def __init__(self):
+        self.cells: list[dict] = []
+        self.error: BaseException | None = None
+
+    def __exit__(self, kind, error, trace):
+        self.error = error
+
+
 @dataclass
 class Calls:
     """What reached the run, in order; ``behave(cfg)`` may raise, or return the run's figure."""
 
     runs: list[tuple[DictConfig, list[str], dict[str, str], Path, str | None]] = field(default_factory=list)
     sweeps: list[Path] = field(default_factory=list)
+    parents: list[FakeParent] = field(default_factory=list)
     behave: Callable[[DictConfig], float | None] = lambda cfg: 0.5
 
     @property
@@ -43,16 +56,21 @@ def calls(outputs, monkeypatch) -> Calls:
     made = Calls()
     app = types.ModuleType("onward.app")
 
-    def execute(cfg, overrides, choices, run_dir, parent_id=None):
+    def execute_job(cfg, overrides, choices, run_dir, parent_id=None, resumed=None, threads=None):
         made.runs.append((cfg, overrides, choices, run_dir, parent_id))
-        return made.behave(cfg)
+        value = made.behave(cfg)
+        return types.SimpleNamespace(status="FINISHED", run_id=f"run {len(made.runs)}", metric="val/accuracy",
+                                     maximise=True, value=value, metrics={"test/accuracy": value}, reason="")
 
-    @contextmanager
-    def sweep(cfg, overrides, directory):
-        made.sweeps.append(directory)
-        yield "the parent"
+    def parent_run(settings, directory, name, tags=None, key=None):
+        made.sweeps.append(Path(directory))
+        made.parents.append(FakeParent())
+        return made.parents[-1]
 
-    app.execute, app.sweep = execute, sweep
+    app.execute_job = execute_job
+    app.execute = lambda cfg, overrides, choices, run_dir: execute_job(cfg, overrides, choices, run_dir)
+    monkeypatch.setattr("onward.tracking.sweep.parent_run", parent_run)
+    monkeypatch.setattr("onward.launch.records.Records._runs", lambda self, job: [])
     monkeypatch.setitem(sys.modules, "onward.app", app)
     monkeypatch.setattr("onward.app", app, raising=False)
     return made

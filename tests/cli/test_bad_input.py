@@ -125,7 +125,7 @@ def test_a_broken_file_of_the_user_is_named(onward, calls, overlay, outputs):
     assert message(result) == (
         "optimiser={'lr': 1} is not valid: no such key; did you mean 'optimizer'? valid: "
         "algo, data, hardware, model, name, obtained, optimizer, paths, probe, reported, "
-        "resume, schedule, search, seed, tracking, trainer"
+        "resume, schedule, search, seed, sweep, tracking, trainer"
     )
     folder = overlay(
         "algo/lost.yaml",

@@ -121,6 +121,7 @@ def test_a_folder_that_is_not_there_is_named(outputs, monkeypatch):
 def test_root_keys_are_those_that_are_checked(outputs):
     root = OmegaConf.load(REPO / "conf/train.yaml")
     groups = [next(iter(d)) for d in root.defaults if isinstance(d, dict) or OmegaConf.is_dict(d)]
+    assert groups.pop() == "override hydra/launcher"
     assert set(groups) == {*GROUPS, *OPTIONAL, "hydra", "experiment", "debug"}
     assert set(root) - {"defaults"} == set(VALUES)
     assert groups == [
@@ -134,6 +135,7 @@ def test_root_keys_are_those_that_are_checked(outputs):
         "probe",
         "tracking",
         "algo",
+        "sweep",
         "experiment",
         "debug",
     ]

@@ -16,7 +16,6 @@ DIFF_BYTES = 200_000
 _VARIABLES = ("OMP_", "MKL_", "ONWARD_")
 
 
-@lru_cache(maxsize=1)
 def environment() -> dict[str, Any]:
     """Python, machine, threads and the version of every installed package."""
     torch = sys.modules.get("torch")
@@ -28,11 +27,17 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads() if torch else None,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch else 0)],
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
-        "packages": dict(sorted({d.metadata["Name"]: d.version for d in distributions()}.items(),
-                                key=lambda item: item[0].lower())),
+        "packages": _packages(),
     }
 
 
+@lru_cache(maxsize=1)
+def _packages() -> dict[str, str]:
+    return dict(sorted({d.metadata["Name"]: d.version for d in distributions()}.items(),
+                       key=lambda item: item[0].lower()))
+
+
+@lru_cache(maxsize=1)
 def _cpu() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

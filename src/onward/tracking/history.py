@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 METRICS_FILE = "metrics.jsonl"
+_FORBIDDEN = re.compile(r"[^\w\-. :/]")
+
+
+def stored_name(name: str) -> str:
+    """A name as MLflow takes it: other characters become ``_``, 250 at most."""
+    return _FORBIDDEN.sub("_", name)[:250]
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,11 @@ class Record:
         # JSON has no word for inf and nan: they are written as texts, which float() reads back
         values = {k: v if v - v == 0 else str(v) for k, v in self.values.items()}
         return json.dumps({"time": self.time, "step": self.step, "metrics": values}, ensure_ascii=False)
+
+    def stored(self) -> list[tuple[str, float, int, int]]:
+        """(name, value, milliseconds, step) as the store has them: inf and nan, which it cannot tell, are nan."""
+        return [(stored_name(name), value if value - value == 0 else float("nan"), self.time, self.step)
+                for name, value in self.values.items()]
 
 
 def append(path: Path, records: Iterable[Record]) -> None:

@@ -145,7 +145,7 @@ def _finish(axes: Any, percent: bool, values: list[float]) -> None:
 
 def _label_ends(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
     """Name every curve at its right end, moved apart where they would overlap; no legend to look up."""
-    axes.figure.canvas.draw()
+    axes.get_xlim(), axes.get_ylim()  # settles the limits, which drawing everything would do too
     height = 15.0 * axes.figure.dpi / 100
     to_pixels, box = axes.transData, axes.get_window_extent()
     placed = sorted(((to_pixels.transform((x, y))[1], text, color) for x, y, text, color in ends),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,16 @@ from onward.errors import ConfigError, TrackingError
 from onward.tracking import history
 from onward.tracking.backend import client, load_mlflow
 from onward.tracking.process import identity, is_dead
-from onward.tracking.sender import PENDING_FILE, Operation, Rejected, apply, read_pending, status
+from onward.tracking.sender import (
+    METRICS_PER_BATCH,
+    PENDING_FILE,
+    Operation,
+    Rejected,
+    apply,
+    batch,
+    read_pending,
+    status,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("onward.tracking")
 
+_LOCK_SECONDS = 120.0
 REASON = "the process ended without closing the run (killed, or the machine went down)"
 
 
@@ -54,22 +66,51 @@ def reap(store: MlflowClient) -> list[Closed]:
     for run in found:
         if is_dead(run.data.tags):
             try:
-                closed.append(_close(store, run))
-            except (exceptions.MlflowException, OSError) as error:
+                closed += filter(None, [_close(store, run)])
+            except (exceptions.MlflowException, OSError, Rejected) as error:
                 log.warning("%s could not be closed: %s", run.info.run_name, error)
     return closed
 
 
-def _close(store: MlflowClient, run: Run) -> Closed:
+def close(store: MlflowClient, run: Run) -> Closed | None:
+    """Close a run whose process is known to have ended, on whatever machine it was; None if it is closed."""
+    return _close(store, run) if run.info.status == "RUNNING" else None
+
+
+def _close(store: MlflowClient, run: Run) -> Closed | None:
+    """Close a dead run; None if another process has done so since it was found."""
     run_id, directory = run.info.run_id, Path(run.data.tags.get("run_dir", "/nowhere"))
-    final = _upload_pending(store, run_id, directory) if any(directory.glob("pending*.jsonl")) else None
-    if final is None:
-        final = "KILLED"
-        store.set_tag(run_id, "status_reason", REASON)
-        metrics = directory / history.METRICS_FILE
-        end = int(metrics.stat().st_mtime * 1000) if metrics.is_file() else time.time_ns() // 1_000_000
-        apply(store, run_id, status(final, max(end, run.info.start_time)))
+    with _alone(directory):
+        if store.get_run(run_id).info.status != "RUNNING":
+            return None
+        final = _upload_pending(store, run_id, directory)
+        if final is None:
+            final = "KILLED"
+            metrics = directory / history.METRICS_FILE
+            _upload_history(store, run_id, metrics)
+            store.set_tag(run_id, "status_reason", REASON)
+            end = int(metrics.stat().st_mtime * 1000) if metrics.is_file() else time.time_ns() // 1_000_000
+            apply(store, run_id, status(final, max(end, run.info.start_time)))
     return Closed(run_id, run.info.run_name, final)
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process at a time closes a run: what it uploads it then deletes."""
+    from filelock import FileLock
+
+    if not directory.is_dir():
+        yield
+        return
+    with FileLock(directory / ".closing.lock", timeout=_LOCK_SECONDS):
+        yield
+
+
+def _upload_history(store: MlflowClient, run_id: str, metrics: Path) -> None:
+    """Every metric on the run's disk, also what its process had not sent; MLflow drops what it has."""
+    values = [value for record, _ in history.read(metrics) for value in record.stored()]
+    for first in range(0, len(values), METRICS_PER_BATCH):
+        _replay(store, run_id, batch(values[first:first + METRICS_PER_BATCH]))
 
 
 def upload(directory: Path) -> Closed:
@@ -86,7 +127,8 @@ def upload(directory: Path) -> Closed:
     if state["uri"] is None:
         raise ConfigError("--upload", str(directory), "a run with a store; this one had tracking=off")
     try:
-        final = _upload_pending(client(state["uri"]), state["run_id"], directory)
+        with _alone(directory):
+            final = _upload_pending(client(state["uri"]), state["run_id"], directory)
     except (OSError, load_mlflow().exceptions.MlflowException) as error:
         raise TrackingError(f"{state['uri']} does not take the upload yet ({error}); "
                             f"everything stays in {directory}") from error

@@ -9,7 +9,6 @@ import json
 import logging
 import multiprocessing.util
 import os
-import re
 import sys
 import time
 import traceback
@@ -27,7 +26,7 @@ from onward.tracking.process import Signals, Terminated, identity, is_dead
 from onward.tracking.reap import reap
 from onward.tracking.sender import METRICS_PER_BATCH, Sender
 from onward.tracking.settings import TrackingSettings
-from onward.tracking.store import ensure_experiment, ensure_store, find_run_directory, reason, unusable
+from onward.tracking.store import Unanswered, ensure_experiment, ensure_store, find_run_directory, reason, unanswered
 
 __all__ = ["Run", "Terminated", "TrackingSettings", "find_run_directory"]
 
@@ -38,7 +37,6 @@ STATE_FILE = "run.json"
 MAX_PARAMS = 100
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
-_FORBIDDEN = re.compile(r"[^\w\-. :/]")
 _REASON_CHARACTERS = 500
 _REAP_SECONDS = 60.0
 _next_reap: dict[tuple[int, str], float] = {}
@@ -138,6 +136,23 @@ class Run:
             self._record_context()
 
     def _register(self) -> None:
+        """Create or continue the run; a job of a sweep waits for a server that answered when the sweep began."""
+        patience = self.settings.patience if PARENT_TAG in self._tags else 0.0
+        until, tries = time.monotonic() + patience, 0
+        while True:
+            try:
+                self._register_once(again=tries > 0)
+                return
+            except Unanswered as error:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise
+                tries += 1
+                if tries == 1:
+                    log.warning("%s. Waiting up to %.0f s for it", error, patience)
+                time.sleep(min(0.5 * tries, 5.0, left))
+
+    def _register_once(self, again: bool) -> None:
         uri = ensure_store(self.settings)
         mlflow = load_mlflow()
         store = client(uri)
@@ -147,35 +162,43 @@ class Run:
             experiment = ensure_experiment(store, self.settings)
             _reap_sometimes(uri)
             if self._resumed:
-                self._continue(store, shown)
+                self._continue(store, shown, again)
             else:
                 self._tags[note.TAG] = note.describe(self._tags, self._params, {}, "RUNNING")
-                run = store.create_run(experiment, tags=_shown_tags(self._tags), run_name=self.name)
+                found = self._made_before(store, experiment) if again else None
+                run = found or store.create_run(experiment, tags=_shown_tags(self._tags), run_name=self.name)
                 self._begun(uri, run.info.run_id)
                 if shown:
                     params = [mlflow.entities.Param(k, v) for k, v in shown.items()]
                     store.log_batch(self.run_id, params=params)
         except (mlflow.exceptions.MlflowException, OSError) as error:
-            raise unusable(uri, reason(error)) from error
+            raise unanswered(uri, error) from error
         self._uri = uri
+
+    def _made_before(self, store: Any, experiment: str) -> Any:
+        """The run that an earlier request of this very run made without its answer arriving, if it did."""
+        query = f"tags.host = '{self._tags['host']}' and tags.pid = '{self._tags['pid']}'"
+        return next((run for run in store.search_runs([experiment], query)
+                     if _same_process(run.data.tags, self._tags)), None)
 
     def _begun(self, uri: str, run_id: str) -> None:
         self._uri, self.run_id, self.status = uri, run_id, "RUNNING"
 
-    def _continue(self, store: Any, shown: dict[str, str]) -> None:
+    def _continue(self, store: Any, shown: dict[str, str], again: bool) -> None:
         entities, exceptions = load_mlflow().entities, load_mlflow().exceptions
         try:
             old = store.get_run(self.run_id)
         except exceptions.MlflowException as error:
             raise TrackingError(f"run {self.run_id!r} is not in {self.settings.resolved_uri}: "
                                 f"{reason(error)}") from error
-        if old.info.status == "RUNNING" and not is_dead(old.data.tags):
+        ours = again and _same_process(old.data.tags, self._tags)  # an earlier attempt of this very start
+        if old.info.status == "RUNNING" and not ours and not is_dead(old.data.tags):
             where = f"process {old.data.tags.get('pid')} on {old.data.tags.get('host')}"
             raise TrackingError(f"run {self.run_id!r} is still running, as {where}: it cannot be resumed")
         new = {k: v for k, v in shown.items() if k not in old.data.params}
         drift = {f"param_drift.{k}": f"{old.data.params[k]} -> {v}" for k, v in shown.items()
                  if k in old.data.params and old.data.params[k] != v}
-        times = int(old.data.tags.get("resumed", "0")) + 1
+        times = int(old.data.tags.get("resumed", "0")) + (not ours)
         self._tags |= {**drift, "resumed": str(times), "status_reason": "resumed"}
         if "diverged" in old.data.tags:
             self._tags["diverged"] = "false"
@@ -213,7 +236,8 @@ class Run:
 
     def _conclude(self, error: BaseException | None) -> None:
         self.status, why = _verdict(error, self._signals.received)
-        tags = {"status_reason": why} if why or self._resumed else {}
+        # what the run itself said of its end stays; what it said of its beginning does not
+        tags = {"status_reason": why} if why or self._tags.get("status_reason") == "resumed" else {}
         if isinstance(error, Diverged):
             tags["diverged"] = "true"
         if self.status == "FAILED" and error is not None:
@@ -233,10 +257,22 @@ class Run:
             file = self.directory / name
             if file.is_file() and file.stat().st_size:
                 self.artifact(file)
+        left = self._left_by_children()
         self._put(sender.status(self.status, _now()))
-        if not self._sender.close(self.settings.grace):
+        closed = self._sender.close(self.settings.grace, retry=0.0 if self.status == "KILLED" else self.settings.grace)
+        for path in left:
+            path.unlink()
+        if not closed:
             log.warning("the tracking store is out: what it lacks is on disk. When it is back:\n  %s",
                         commands.script("reap", "--upload", str(self.directory)))
+
+    def _left_by_children(self) -> list[Path]:
+        """Take over what forked processes could not send; returns their files."""
+        files = sorted(self.directory.glob("pending-*.jsonl"))
+        for path in files:
+            for operation in sender.read_pending(path):
+                self._put(operation)
+        return files
 
     def _save_state(self, why: str | None = None) -> None:
         state = {"run_id": self.run_id, "name": self.name, "uri": self._uri, "status": self.status,
@@ -309,14 +345,11 @@ class Run:
         except OSError as error:
             log.warning("metrics.jsonl cannot be written: %s", error)
         for record in records:
+            self._unsent += record.stored()
             for name, value in record.values.items():
-                key = _FORBIDDEN.sub("_", name)[:250]
-                if value - value != 0:  # nan or infinite; MLflow would store inf as 1.8e308
-                    first = f"non_finite.{key}"[:250]
-                    if first not in self._tags:
-                        self._tags[first] = self._unsent_tags[first] = f"{value} at step {record.step}"
-                    value = float("nan")
-                self._unsent.append((key, value, record.time, record.step))
+                first = f"non_finite.{history.stored_name(name)}"[:250]
+                if value - value != 0 and first not in self._tags:
+                    self._tags[first] = self._unsent_tags[first] = f"{value} at step {record.step}"
 
     # ------------------------------------------------------------------ tags and artifacts
 
@@ -406,6 +439,11 @@ def _send(uri: str, run_id: str, operation: sender.Operation) -> None:
     sender.apply(client(uri), run_id, operation)
 
 
+def _same_process(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two sets of tags are of one directory in one process."""
+    return all(one.get(key) == other.get(key) for key in ("host", "pid", "process_start", "run_dir"))
+
+
 def _reap_sometimes(uri: str) -> None:
     # a sweep in one process starts many runs a second
     if time.monotonic() < _next_reap.get((os.getpid(), uri), 0.0):
@@ -441,7 +479,7 @@ def _shown_params(params: Mapping[str, str], tags: dict[str, str]) -> dict[str, 
         if len(value) > PARAM_CHARACTERS:
             end = f"… (cut, {len(value)} characters; see config.yaml)"
             value = value[:PARAM_CHARACTERS - len(end)] + end
-        shown[_FORBIDDEN.sub("_", key)[:250]] = value
+        shown[history.stored_name(key)] = value
     if len(shown) > MAX_PARAMS:
         tags["params_left_out"] = f"{len(shown) - MAX_PARAMS} of {len(shown)}; see config.yaml"
         shown = dict(list(shown.items())[:MAX_PARAMS])
@@ -454,7 +492,7 @@ def _shown_tags(tags: Mapping[str, str]) -> dict[str, str]:
         if len(value) > TAG_CHARACTERS:
             end = f"… (cut, {len(value)} characters)"
             value = value[:TAG_CHARACTERS - len(end)] + end
-        shown[_FORBIDDEN.sub("_", key)[:250]] = value
+        shown[history.stored_name(key)] = value
     return shown
 
 

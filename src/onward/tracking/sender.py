@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.tracking.backend import load_mlflow
-from onward.tracking.store import reason
+from onward.tracking.store import PERMANENT, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,8 +30,10 @@ Operation = dict[str, Any]
 METRICS_PER_BATCH = 1000
 PENDING_FILE = "pending.jsonl"
 REJECTED_FILE = "rejected.jsonl"
-# A store that answers with one of these will answer so again: the operation is set aside, the queue goes on.
-_PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
+# Client errors of HTTP that another try may mend: timeout, conflict, too early, too many requests.
+_PASSING_CLIENT_ERRORS = {408, 409, 425, 429}
+# While a run that has ended waits for its store, the back-off grows no longer than this, in seconds.
+_LONGEST_LAST_WAIT = 1.0
 
 
 class Rejected(Exception):
@@ -62,6 +64,7 @@ def apply(client: MlflowClient, run_id: str, operation: Operation) -> None:
     """
     mlflow = load_mlflow()
     from mlflow.entities import Metric, RunTag
+    from requests import HTTPError
 
     try:
         if operation["do"] == "batch":
@@ -75,9 +78,14 @@ def apply(client: MlflowClient, run_id: str, operation: Operation) -> None:
         else:
             client.set_terminated(run_id, operation["status"], operation["end_time"])
     except mlflow.exceptions.MlflowException as error:
-        if error.error_code in _PERMANENT:
+        if error.error_code in PERMANENT:
             raise Rejected(reason(error)) from error
         raise OSError(reason(error)) from error
+    except HTTPError as error:  # what a server that stores artifacts answers with; it is an OSError
+        code = error.response.status_code if error.response is not None else 0
+        if 400 <= code < 500 and code not in _PASSING_CLIENT_ERRORS:
+            raise Rejected(reason(error)) from error
+        raise
 
 
 class Sender:
@@ -97,7 +105,8 @@ class Sender:
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closing = self._kept = False
+        self._closing = self._kept = self._gave_up = False
+        self._until = 0.0
         self.failures = 0
         _live.add(self)
 
@@ -115,20 +124,26 @@ class Sender:
     def drain(self, timeout: float) -> bool:
         """Wait until everything is sent; False if the store is out or the time is over."""
         with self._changed:
-            return self._wait(self.failures, timeout)
+            failures = self.failures
+            self._changed.wait_for(lambda: not self._queue or self.failures > failures, timeout)
+            return not self._queue
 
-    def _wait(self, failures: int, timeout: float) -> bool:
-        self._changed.wait_for(lambda: not self._queue or self.failures > failures, timeout)
-        return not self._queue
+    def close(self, timeout: float, retry: float = 0.0) -> bool:
+        """Send what is left, and stop. False: it is in ``pending.jsonl`` instead.
 
-    def close(self, timeout: float) -> bool:
-        """Try what is left once more, wait for it, and stop. False: it is in ``pending.jsonl`` instead."""
+        Args:
+            timeout: longest wait, in seconds.
+            retry: how long failures are tried again; 0 allows one more attempt.
+        """
         with self._changed:
-            self._closing = True
+            self._closing, self._until = True, time.monotonic() + retry
             self._changed.notify_all()
-            done = self._wait(self.failures, timeout)
+            self._changed.wait_for(lambda: not self._queue or self._gave_up, timeout)
+            done = not self._queue
+            self._gave_up = not done
             if not done and not self._kept:
                 self._keep(self._queue)
+            self._changed.notify_all()
         if self._thread is not None and done:
             self._thread.join(timeout)
         _live.discard(self)
@@ -139,7 +154,7 @@ class Sender:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
+                if not self._queue or self._gave_up:
                     return
                 operation = self._queue[0]
             try:
@@ -149,8 +164,10 @@ class Sender:
                 if self._failed(error):
                     return
                 with self._changed:
-                    # a run that ends asks for one more attempt at once
-                    self._changed.wait_for(lambda: self._closing, wait)
+                    if self._closing:
+                        self._changed.wait_for(lambda: self._gave_up, min(wait, _LONGEST_LAST_WAIT))
+                    else:  # a run that ends asks for one more attempt at once
+                        self._changed.wait_for(lambda: self._closing, wait)
                 wait = min(2 * wait, self._backoff[1])
                 continue
             except Rejected as refusal:
@@ -160,6 +177,8 @@ class Sender:
 
     def _sent(self) -> None:
         with self._changed:
+            if self._gave_up:  # what is on disk is somebody else's to send
+                return
             self._queue.popleft()
             if not self._queue and self._kept:
                 self._kept = False
@@ -174,9 +193,9 @@ class Sender:
                 log.warning("the tracking store is out (%s): the run goes on, its metrics are kept in %s",
                             error, self._pending)
                 self._keep(self._queue)
-            last = self._closing
+            self._gave_up |= self._closing and time.monotonic() >= self._until
             self._changed.notify_all()
-            return last
+            return self._gave_up
 
     def _keep(self, operations: deque[Operation] | list[Operation]) -> None:
         self._kept = True

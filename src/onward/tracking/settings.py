@@ -11,7 +11,7 @@ from onward.errors import ConfigError, nearest
 
 STORES = ("mlflow", "none")
 JOURNALS = ("wal", "delete")
-PLOTS = ("end", "never")
+PLOTS = ("end", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,12 @@ class TrackingSettings:
         interval: seconds between two uploads of buffered metrics.
         journal: SQLite's journal; ``wal`` for local disks, ``delete`` for network disks.
         timeout: seconds in which a server must answer at the start.
-        grace: seconds that the end of a run waits for uploads before it leaves them on disk.
-        plots: ``end`` (learning curves among the artifacts) or ``never``.
+        patience: seconds that a job of a sweep waits at its start for a server that answered when the sweep
+            began; 0 is allowed. A run of its own fails at once.
+        grace: seconds that the end of a run waits for uploads, and for a store that is out, before it leaves
+            them on disk. A run that was interrupted tries once.
+        plots: learning curves among the artifacts: at the ``end`` of a single run, ``always`` (of jobs of a sweep
+            too, whose curves the UI draws from their metrics) or ``never``.
     """
 
     outputs: Path
@@ -41,6 +45,7 @@ class TrackingSettings:
     interval: float = 10.0
     journal: str = "wal"
     timeout: float = 3.0
+    patience: float = 60.0
     grace: float = 20.0
     plots: str = "end"
 
@@ -49,10 +54,12 @@ class TrackingSettings:
         for key, valid in (("store", STORES), ("journal", JOURNALS), ("plots", PLOTS)):
             if getattr(self, key) not in valid:
                 raise ConfigError(f"tracking.{key}", getattr(self, key), f"one of {', '.join(valid)}")
-        for key in ("interval", "timeout", "grace"):
+        for key, least in (("interval", "above 0"), ("timeout", "above 0"), ("patience", "of 0 or more"),
+                           ("grace", "above 0")):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ConfigError(f"tracking.{key}", value, "a number of seconds above 0")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < float("inf") or (value == 0 and least == "above 0"):
+                raise ConfigError(f"tracking.{key}", value, f"a number of seconds {least}")
         for key in ("uri", "artifacts"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value.strip()):

@@ -32,7 +32,20 @@ VALID_URI = ("sqlite:///<path of a file>, http://<host>:<port> of a running MLfl
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 _NEEDED_BYTES = 32 * 2**20
 _LOCK_SECONDS = 120.0
-_tuned: set[tuple[int, str]] = set()
+_tuned: set[str] = set()
+# A store that answers with one of these will answer so again; anything else may pass.
+PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
+
+
+class Unanswered(TrackingError):
+    """A store that does not answer now, and may later."""
+
+
+def unanswered(uri: str, error: Exception) -> TrackingError:
+    """The error for a request that failed: :class:`Unanswered` for a server that may come back."""
+    if uri.startswith("http") and getattr(error, "error_code", "") not in PERMANENT:
+        return Unanswered(str(unusable(uri, reason(error))))
+    return unusable(uri, reason(error))
 
 
 def unusable(uri: str, why: str) -> TrackingError:
@@ -47,7 +60,8 @@ def ensure_store(settings: TrackingSettings) -> str:
     lock. A server must answer within ``settings.timeout`` seconds.
 
     Raises:
-        TrackingError: the URI is no store's, the disk is full or read-only, or the server does not answer.
+        Unanswered: the server does not answer.
+        TrackingError: the URI is no store's, or the disk is full or read-only.
     """
     uri = settings.resolved_uri
     scheme = re.match(r"([a-z]*)(\+\w+)?:", uri)
@@ -82,7 +96,7 @@ def ensure_experiment(store: MlflowClient, settings: TrackingSettings) -> str:
                     raise
                 found = store.get_experiment_by_name(name)  # another process was faster
     except exceptions.MlflowException as error:
-        raise unusable(uri, reason(error)) from error
+        raise unanswered(uri, error) from error
     if found is None or found.lifecycle_stage != "active":
         raise TrackingError(f"tracking.experiment={name!r} was deleted in the store: restore it in the UI, "
                             f"or choose another name")
@@ -145,7 +159,7 @@ def _ensure_sqlite(uri: str, settings: TrackingSettings) -> None:
         if free < _NEEDED_BYTES:
             room = f"{free / 2**20:.0f} MiB free, {_NEEDED_BYTES >> 20} needed"
             raise unusable(uri, f"the disk is full ({room})")
-        if not (path.is_file() and (os.getpid(), uri) in _tuned):  # else this process has checked it before
+        if not (path.is_file() and uri in _tuned):  # else this process, or the one it was forked from, has checked it
             with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
                 _create_or_migrate(uri, path, settings)
     except Timeout as error:
@@ -260,7 +274,7 @@ def _set_journal(path: Path, journal: str) -> None:
 
 def _tune_connections(uri: str, settings: TrackingSettings) -> None:
     """``synchronous = NORMAL`` for this process's connections: with WAL, safe when the process dies."""
-    if (os.getpid(), uri) in _tuned:
+    if uri in _tuned:
         return
     store = _open(uri)
     if settings.journal == "wal":
@@ -271,7 +285,7 @@ def _tune_connections(uri: str, settings: TrackingSettings) -> None:
 
         event.listen(store.engine, "connect", relax)
         store.engine.dispose()
-    _tuned.add((os.getpid(), uri))
+    _tuned.add(uri)
 
 
 def _open(uri: str):
@@ -296,7 +310,8 @@ def _ensure_server(uri: str, timeout: float) -> None:
         try:
             client(uri).search_experiments(max_results=1)
         except (exceptions.MlflowException, OSError, ValueError) as error:
-            raise unusable(uri, f"no MLflow server answers there ({reason(error)})") from error
+            why = f"no MLflow server answers there ({reason(error)})"
+            raise Unanswered(str(unusable(uri, why))) from error
 
 
 @contextlib.contextmanager

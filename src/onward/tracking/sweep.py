@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import re
@@ -14,10 +15,10 @@ from pathlib import Path
 from types import TracebackType
 
 from onward.errors import TrackingError
-from onward.tracking import note
+from onward.tracking import commands, note, sender
 from onward.tracking.backend import client, load_mlflow
-from onward.tracking.process import identity
-from onward.tracking.reap import reap
+from onward.tracking.process import identity, is_dead
+from onward.tracking.reap import reap, upload
 from onward.tracking.run import PARENT_TAG, source_tags
 from onward.tracking.settings import TrackingSettings
 from onward.tracking.store import ensure_experiment, ensure_store, reason, unusable
@@ -25,6 +26,8 @@ from onward.tracking.store import ensure_experiment, ensure_store, reason, unusa
 log = logging.getLogger("onward.tracking")
 
 PARENT_FILE = "mlflow_parent"
+CELLS_FILE = "sweep.json"
+KEY_TAG = "sweep_key"
 _ROWS = 60
 
 
@@ -64,10 +67,15 @@ def children(settings: TrackingSettings, parent_id: str) -> list[Child]:
 
 
 class Parent:
-    """A sweep's parent run (``run_id`` is None with tracking off), closed by ``with`` or at exit."""
+    """A sweep's parent run (``run_id`` is None with tracking off), closed by ``with`` or at exit.
 
-    def __init__(self, settings: TrackingSettings, run_id: str | None, owned: bool):
-        self.settings, self.run_id = settings, run_id
+    What its maker puts in ``cells`` becomes the artifact ``sweep.json``: every cell that was asked for, also those
+    that runs of other sweeps had finished before.
+    """
+
+    def __init__(self, settings: TrackingSettings, run_id: str | None, owned: bool, directory: Path | None = None):
+        self.settings, self.run_id, self.directory = settings, run_id, directory
+        self.cells: list[Mapping[str, object]] = []
         self._open, self._pid = owned, os.getpid()
         if owned:
             atexit.register(self.close)
@@ -87,31 +95,52 @@ class Parent:
         """Close the parent by what its children became, and return its status; only the first call does it.
 
         FINISHED if every child is, KILLED if the sweep was interrupted, else FAILED with a ``status_reason``.
+        What children could not upload is uploaded first. A store that is out is waited for as long as at the
+        end of a run; then the status, as the children's directories tell it, is kept for ``scripts/reap.py``.
         """
         if not self._open or os.getpid() != self._pid or self.run_id is None:
             return None
         self._open = False
         atexit.unregister(self.close)
-        try:
-            return self._close(client(self.settings.resolved_uri), interrupted)
-        except (load_mlflow().exceptions.MlflowException, TrackingError) as error:
-            log.warning("the sweep's run %s could not be closed: %s", self.run_id, reason(error))
-            return None
+        until = time.monotonic() + (0.0 if interrupted else self.settings.grace)
+        while True:
+            try:
+                return self._close(client(self.settings.resolved_uri), interrupted)
+            except (load_mlflow().exceptions.MlflowException, TrackingError, OSError) as error:
+                if time.monotonic() >= until:
+                    log.warning("the sweep's run %s could not be closed: %s. When the store is back:\n  %s",
+                                self.run_id, reason(error),
+                                commands.script("reap", "--uri", self.settings.resolved_uri))
+                    self._keep(interrupted)
+                    return None
+            time.sleep(0.5)
+
+    def _keep(self, interrupted: bool) -> None:
+        """Leave the status where the process that closes dead runs finds it."""
+        states = [json.loads(file.read_text())["status"] for file in self.directory.glob("*/run.json")]
+        kept = sender.status(_verdict(Counter(states), interrupted), time.time_ns() // 1_000_000)
+        (self.directory / sender.PENDING_FILE).write_text(json.dumps(kept) + "\n")
 
     def _close(self, store, interrupted: bool) -> str:
         entities = load_mlflow().entities
+        for left in {file.parent for file in self.directory.glob("*/pending*.jsonl")}:
+            upload(left)
         reap(store)
-        runs = self.children()
+        runs = latest(self.children())
         counts = Counter(run.status for run in runs)
-        bad = len(runs) - counts["FINISHED"]
-        killed = interrupted or (counts["KILLED"] and not counts["FAILED"])
-        status = "FINISHED" if not bad and not interrupted else "KILLED" if killed else "FAILED"
+        counts.update(str(cell["status"]) for cell in self.cells if not cell["run_id"])  # the store took none
+        bad = counts.total() - counts["FINISHED"]
+        status = _verdict(counts, interrupted)
         tags = {note.TAG: table(runs)}
         if status != "FINISHED":
             said = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
-            tags["status_reason"] = f"{bad} of {len(runs)} runs did not finish ({said})"
+            tags["status_reason"] = f"{bad} of {counts.total()} runs did not finish ({said})"
         seconds = sum(run.metrics.get("seconds", 0.0) for run in runs)
-        figures = {"sweep/runs": float(len(runs)), "sweep/unfinished": float(bad), "seconds": seconds}
+        figures = {"sweep/runs": float(counts.total()), "sweep/unfinished": float(bad), "seconds": seconds}
+        if skipped := sum(run.tags.get("skipped") == "true" for run in runs):
+            figures["sweep/skipped"] = float(skipped)
+        if self.cells:
+            store.log_text(self.run_id, json.dumps(self.cells, indent=1, ensure_ascii=False), CELLS_FILE)
         at = time.time_ns() // 1_000_000
         store.log_batch(self.run_id, metrics=[entities.Metric(k, v, at, 0) for k, v in figures.items()],
                         tags=[entities.RunTag(k, v) for k, v in tags.items()])
@@ -119,12 +148,27 @@ class Parent:
         return status
 
 
+def _verdict(counts: Counter[str], interrupted: bool) -> str:
+    if counts.total() == counts["FINISHED"] and not interrupted:
+        return "FINISHED"
+    return "KILLED" if interrupted or (counts["KILLED"] and not counts["FAILED"]) else "FAILED"
+
+
+def latest(runs: list[Child]) -> list[Child]:
+    """Of runs of the same cell the one that started last: an earlier one that failed was tried again."""
+    last = {run.tags.get("cell", run.run_id): run for run in runs}
+    return [run for run in runs if last[run.tags.get("cell", run.run_id)] is run]
+
+
 def parent_run(settings: TrackingSettings, directory: str | Path, name: str,
-               tags: Mapping[str, str] | None = None) -> Parent:
+               tags: Mapping[str, str] | None = None, key: str | None = None) -> Parent:
     """The parent run of the sweep in ``directory``, made by whichever process comes first.
 
     Its id is written to ``<directory>/mlflow_parent``, so that jobs in other processes find it; only the
     process that made it closes it.
+
+    Args:
+        key: what makes two sweeps the same one: the run of an earlier sweep with it is continued, if that has ended.
 
     Raises:
         TrackingError: the store cannot be used.
@@ -142,14 +186,31 @@ def parent_run(settings: TrackingSettings, directory: str | Path, name: str,
             return Parent(settings, file.read_text().strip(), owned=False)
         store = client(uri)
         all_tags = {**source_tags(), **identity(), "run_dir": str(directory.absolute()), "sweep": "true"}
-        all_tags |= tags or {}
+        all_tags |= {**(tags or {}), **({KEY_TAG: key} if key else {})}
         try:
             reap(store)
-            run = store.create_run(ensure_experiment(store, settings), tags=all_tags, run_name=name)
+            experiment = ensure_experiment(store, settings)
+            run_id = _continued(store, experiment, key, all_tags) if key else None
+            if run_id is None:
+                run_id = store.create_run(experiment, tags=all_tags, run_name=name).info.run_id
         except load_mlflow().exceptions.MlflowException as error:
             raise unusable(uri, reason(error)) from error
-        file.write_text(run.info.run_id + "\n")
-    return Parent(settings, run.info.run_id, owned=True)
+        file.write_text(run_id + "\n")
+    return Parent(settings, run_id, owned=True, directory=directory)
+
+
+def _continued(store, experiment: str, key: str, tags: Mapping[str, str]) -> str | None:
+    """Open the run of the last sweep with this key again; None if there is none, or if it still runs."""
+    entities = load_mlflow().entities
+    found = store.search_runs([experiment], f"tags.{KEY_TAG} = '{key}'", max_results=1,
+                              order_by=["attributes.start_time DESC"])
+    if not found or (found[0].info.status == "RUNNING" and not is_dead(found[0].data.tags)):
+        return None
+    run = found[0]
+    again = {**tags, "resumed": str(int(run.data.tags.get("resumed", "0")) + 1), "status_reason": ""}
+    store.log_batch(run.info.run_id, tags=[entities.RunTag(k, v) for k, v in again.items()])
+    store.update_run(run.info.run_id, status="RUNNING")
+    return run.info.run_id
 
 
 def read_parent(directory: str | Path) -> str | None:
@@ -173,6 +234,8 @@ def table(runs: list[Child]) -> str:
     for run in sorted(runs, key=order)[:_ROWS]:
         value, seconds = run.metrics.get(metric), run.metrics.get("seconds")
         status = run.status
+        if run.tags.get("skipped") == "true":
+            status = "skipped"
         if status != "FINISHED" and run.reason:
             status += f": {run.reason[:80]}"
         lines.append(f"| {run.name} | {'' if value is None else note.score(what, value)} | "

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
 
-from onward.tracking.sender import Rejected, Sender, batch, read_pending, status
+from onward.tracking.sender import Rejected, Sender, apply, artifact, batch, read_pending, status
 
 
 class Store:
@@ -119,6 +120,43 @@ def test_what_is_refused_for_good_is_set_aside_and_the_rest_goes_on(tmp_path, st
     assert sender.close(10)
     assert store.taken == [metric(1), metric(3)]
     assert read_pending(tmp_path / "rejected.jsonl") == [json.loads(json.dumps(metric(2)))]
+
+
+def test_the_end_of_a_run_goes_on_trying_for_a_while(tmp_path, store):
+    store.error = OSError("connection refused")
+    sender = Sender(store, tmp_path, backoff=(0.01, 0.02))
+    sender.put(metric(1))
+    until(lambda: sender.failures > 0)
+    threading.Timer(0.3, setattr, (store, "error", None)).start()
+    assert sender.close(10, retry=10)
+    assert store.taken == [metric(1)] and not (tmp_path / "pending.jsonl").exists()
+
+
+def test_what_was_left_on_disk_is_not_sent_behind_the_back_of_who_uploads_it(tmp_path, store):
+    store.error = OSError("connection refused")
+    sender = Sender(store, tmp_path, backoff=(0.01, 0.02))
+    sender.put(metric(1))
+    assert not sender.close(0.1, retry=0.1)
+    store.error = None
+    sender._thread.join(5)
+    assert not sender._thread.is_alive()
+    assert store.taken == [] and len(read_pending(tmp_path / "pending.jsonl")) == 1
+
+
+@pytest.mark.parametrize(("code", "expected"), [(403, Rejected), (404, Rejected), (413, Rejected), (408, OSError),
+                                                (429, OSError), (500, OSError), (503, OSError)])
+def test_an_artifact_server_that_refuses_is_told_from_one_that_is_busy(tmp_path, code, expected):
+    file = tmp_path / "a.txt"
+    file.write_text("a")
+    answer = requests.Response()
+    answer.status_code, answer.url = code, "http://store/a.txt"
+
+    class Client:
+        def log_artifact(self, *_):
+            answer.raise_for_status()
+
+    with pytest.raises(expected):
+        apply(Client(), "run", artifact(file, None))
 
 
 def test_a_line_torn_by_a_crash_is_left_out(tmp_path):
