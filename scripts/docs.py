@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from onward.algo import base
 from onward.catalogue import config_dir, header, options, summary
@@ -164,12 +165,16 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(r)} |" for r in rows)]
 
 
+def plain(value):
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
 def axes(name: str) -> list[list[str]]:
     """The rule's own keys, defaults and the comment beside them in its YAML."""
     text = (config_dir() / "algo" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     notes = {line.split(":")[0].strip(): line.split("#", 1)[1].strip()
              for line in text if line.startswith("  ") and ":" in line and "#" in line}
-    return [[f"`algo.{k}`", f"`{json.dumps(v)}`", notes.get(k, "").replace("|", "\\|")]
+    return [[f"`algo.{k}`", f"`{json.dumps(plain(v))}`", notes.get(k, "").replace("|", "\\|")]
             for k, v in composed(f"algo={name}").algo.items() if not k.startswith("_")]
 
 

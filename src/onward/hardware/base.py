@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +83,9 @@ class _ErrorGate(torch.autograd.Function):
 class Hardware:
     """A device as rules meet it, through the engine only. It knows no rule and no model."""
 
+    # True: a physical system answers before every block, and no derivative passes it (see hardware.physical)
+    opaque: ClassVar[bool] = False
+
     name: str = "cpu"
     runtime: Runtime = field(default_factory=Runtime)
     numerics: Numerics = field(default_factory=Numerics)
@@ -91,10 +95,11 @@ class Hardware:
         self._calls: Counter[str] = Counter()  # within the step: names each rounding stream
         self._formats = {role: f for role in ROLES if (f := getattr(self.numerics, role)) is not None}
         self.generator: Callable[[str], torch.Generator] | None = None
+        self.step = 0
 
-    def begin_step(self, generator: Callable[[str], torch.Generator]) -> None:
-        """Name the source of stochastic rounding for one step; streams start anew, so resume is exact."""
-        self.generator = generator
+    def begin_step(self, generator: Callable[[str], torch.Generator], step: int = 0) -> None:
+        """Name the source of noise and stochastic rounding for one step; streams start anew, so resume is exact."""
+        self.generator, self.step = generator, step
         self._calls.clear()
 
     @property
