@@ -174,7 +174,7 @@ def job(number: int, store: Store, folder: Path, parent_id: str, started, gate) 
     app.execute_job(*prepared(number, store), folder / str(number), parent_id)
 
 
-def until(condition, seconds: float = 90.0) -> None:
+def until(condition, seconds: float = 150.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -212,7 +212,7 @@ def test_a_sweep_survives_the_death_of_server_and_database_and_loses_nothing(sto
         for process in jobs[6:]:
             process.start()
         for process in jobs[:2]:
-            process.join(60)
+            process.join(120)
         until(lambda: all(kept(folder, k)[-1:] == ["status"] for k in range(4)))
         until(lambda: all(event.is_set() for event in started))
         assert [process.exitcode for process in jobs] == [0, 0, *[None] * 6]
