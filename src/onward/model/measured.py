@@ -15,7 +15,8 @@ Measure = Callable[[int, Tensor], Tensor]
 class Measured(Block):
     """``act(norm(W [phi(x), x] + b))``: a dense layer after a system that answers n inputs by n outputs.
 
-    Without ``skip`` it reads ``phi(x)`` alone. Only the digital layer has parameters. ``measure(site, x)`` (B, n) is asked at every execution.
+    Without ``skip`` it reads ``phi(x)`` alone. Only the digital layer has parameters. ``measure(site, x)`` (B, n) is
+    asked at every execution.
     """
 
     def __init__(self, block: Dense, site: int, measure: Measure, skip: bool = True):

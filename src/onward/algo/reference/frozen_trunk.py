@@ -37,6 +37,7 @@ class FrozenTrunk(Rule):
     )
     tier = "Global"
     eager = True
+    physical = True
 
     def __init__(self, features: str = "last"):
         super().__init__()
