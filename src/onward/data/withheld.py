@@ -12,6 +12,7 @@ from onward.data.fashion_mnist import FashionMNIST
 from onward.data.mnist import MNIST
 from onward.data.spec import DataSpec
 from onward.errors import ConfigError, nearest
+from onward.seeds import generator
 
 SOURCES = {"digits": Digits, "mnist": MNIST, "fashion_mnist": FashionMNIST}
 
@@ -36,7 +37,7 @@ class Withheld(DataSet):
         super().__init__(**common)
         if source not in SOURCES:
             raise ConfigError("data.source", source, nearest(str(source), SOURCES))
-        self.source, self.classes = SOURCES[source](**common), tuple(classes)
+        self.source, self.classes = SOURCES[source](**{**common, "limit": None}), tuple(classes)
 
     def read(self) -> tuple[DataSpec, dict[str, Split]]:
         spec, splits = self.source.read()
@@ -46,6 +47,12 @@ class Withheld(DataSet):
                               f"classes from 0 to {k - 1}, at least two of them left")
         train = splits["train"]
         kept = ~torch.isin(train.y, torch.tensor(self.classes, dtype=train.y.dtype))
-        train = Split(train.x[kept], train.y[kept])
-        spec = replace(spec, name=self.name, n_train=len(train.x))
-        return spec, {**splits, "train": train}
+        splits = {**splits, "train": Split(train.x[kept], train.y[kept])}
+        if self.limit is not None:  # of what is left
+            splits = {part: self._limited(split) for part, split in splits.items()}
+        counts = {f"n_{part}": len(split.x) for part, split in splits.items()}
+        return replace(spec, name=self.name, **counts), splits
+
+    def _limited(self, split: Split) -> Split:
+        rows = torch.randperm(len(split.x), generator=generator(0, 0, "data/limit"))[: self.limit]
+        return Split(split.x[rows], split.y[rows])

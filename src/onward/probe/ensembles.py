@@ -45,7 +45,8 @@ def ensembles(h: Tensor, y: Tensor, classes: Sequence[int], selectivity: float) 
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """``|A and B| / |A or B|`` of every ensemble in a (p, n) with every one in b (q, n), (p, q); 0 if both are empty."""
+    """``|A and B| / |A or B|`` of every ensemble in a (p, n) with every one in b (q, n), (p, q); 0 if both are empty.
+    """
     a, b = a.double(), b.double()
     both = a @ b.t()
     return both / (a.sum(1, keepdim=True) + b.sum(1) - both).clamp_min(1.0)

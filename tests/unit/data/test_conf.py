@@ -26,7 +26,8 @@ def build(name: str, **changed) -> DataSet:
 
 def test_the_sets_of_the_platform_are_there():
     assert NAMES == ["cifar10", "citeseer", "citeseer_links", "cora", "cora_links", "digits", "elec2", "fashion_mnist",
-                     "mnist", "mnist1d", "spoken_digits", "teacher_student", "tiny_shakespeare", "two_moons", "vowel"]
+                     "mnist", "mnist1d", "spoken_digits", "teacher_student", "tiny_shakespeare", "two_moons", "vowel",
+                     "withheld"]
 
 
 @pytest.mark.parametrize("name", NAMES)

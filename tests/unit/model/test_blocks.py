@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, jvp
 from onward.errors import ConfigError, Unsupported
 from onward.model.cnn import cnn
 from onward.model.gnn import gnn
+from onward.model.locally_connected import locally_connected
 from onward.model.mlp import mlp
 from onward.model.mobilenet_v3 import mobilenet_v3
 from onward.model.resnet import resnet
@@ -23,7 +24,7 @@ from onward.model.rnn import rnn
 from onward.model.transformer import transformer
 
 MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "mobilenet_v3": mobilenet_v3, "transformer": transformer,
-          "gnn": gnn, "rnn": rnn}
+          "gnn": gnn, "rnn": rnn, "locally_connected": locally_connected}
 CONF = Path(__file__).parents[3] / "conf" / "model"
 
 CASES = [
@@ -34,6 +35,8 @@ CASES = [
     ("cnn", "image", {"channels": [8], "norm": "layer", "pooling": "none", "kernel_size": 5,
                       "readout": "flatten"}),
     ("cnn", "image", {"channels": [10, 20], "class_groups": "alternate", "norm": "batch"}),
+    ("locally_connected", "image", {"channels": [5, 4]}),
+    ("locally_connected", "image", {"channels": [8], "norm": "batch", "kernel_size": 3, "stride": 2, "bias": False}),
     ("resnet", "image", {"width": 4}),
     ("resnet", "image", {"width": 4, "norm": "none", "shortcut": "projection", "activation": "tanh"}),
     ("resnet", "image", {"width": 4, "norm": "group", "branch_init": "zero"}),

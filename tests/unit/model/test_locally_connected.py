@@ -15,7 +15,7 @@ def n_parameters(module) -> int:
 
 
 def test_the_net_of_the_paper(make):
-    """4 x 4 x 128, 3 x 3 x 220 and 2 x 2 x 512 units, fields of 10 x 10 pixels, then 2 x 2 locations of all channels."""
+    """4 x 4 x 128, 3 x 3 x 220 and 2 x 2 x 512 units, fields of 10 x 10 pixels, then of 2 x 2 locations."""
     stack = locally_connected(make.image(1, 28, 28))
     assert [b.out_shape for b in stack.blocks] == [(128, 4, 4), (220, 3, 3), (512, 2, 2)]
     assert [(b.kernel_size, b.stride) for b in stack.blocks] == [((10, 10), (6, 6)), ((2, 2), (1, 1)), ((2, 2), (1, 1))]
@@ -25,7 +25,8 @@ def test_the_net_of_the_paper(make):
 
 
 @pytest.mark.parametrize(("image", "field", "step"), [
-    ((1, 8, 8), (5, 5), (1, 1)), ((3, 32, 32), (14, 14), (6, 6)), ((2, 9, 13), (6, 7), (1, 2)), ((1, 4, 4), (1, 1), (1, 1)),
+    ((1, 8, 8), (5, 5), (1, 1)), ((3, 32, 32), (14, 14), (6, 6)), ((2, 9, 13), (6, 7), (1, 2)),
+    ((1, 4, 4), (1, 1), (1, 1)),
 ])
 def test_sizes_follow_from_the_image_and_fields_cover_it(make, image, field, step):
     stack = locally_connected(make.image(*image), [3, 4, 5, 6])
