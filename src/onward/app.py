@@ -251,12 +251,11 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     with profiled(settings.profile, run_dir):
         trainer.fit(module, loader, RankedLoader(parts.data, "val", seed, 1), weights_only=True,
                     ckpt_path=str(checkpoint) if checkpoint else None)
-    run.flush()
     best = saver.best_model_path if settings.checkpoint else ""
     last = run_dir / "checkpoints" / "last.ckpt"
     if runtime.devices > 1 and settings.checkpoint and last.exists():  # others trained, and counted
         module.train_seconds = float(read_checkpoint(last)["onward"]["train_seconds"])
-    evaluator = make_trainer(parts, [], run_dir, alone=True)
+    evaluator = make_trainer(parts, [], run_dir, alone=True) if runtime.devices > 1 else trainer
     if metric not in trainer.callback_metrics:  # the run ended before its first validation
         evaluator.validate(module, RankedLoader(parts.data, "val", seed, 1), verbose=False)
     selected = round(float({**evaluator.callback_metrics, **trainer.callback_metrics}[metric]), 6)

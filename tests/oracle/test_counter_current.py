@@ -344,7 +344,7 @@ def test_bad_values_are_named(changes, key):
 def test_reconstruction_has_the_images_as_targets():
     data = Reconstruction("digits", limit=50)
     spec = data.setup()
-    assert spec.task == Regression(64) and spec.name == "digits_reconstruction" and spec.input_shape == (1, 8, 8)
+    assert spec.task == Regression(64) and spec.name == "reconstruction" and spec.input_shape == (1, 8, 8)
     for name in ("train", "val", "test"):
         split = data.split(name)
         assert torch.equal(split.y, split.x.flatten(1)) and 0 < len(split.x) <= 50

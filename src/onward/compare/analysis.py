@@ -243,7 +243,9 @@ def _tried(found: Analysis, column: Column) -> None:
     lines: dict[str, list[float | None]] = {}
     larger = True
     for cell in found.ordered(column):
-        settings = sorted(cell.settings, key=lambda s: min(run.started for run in s.runs))
+        # the runs that a search ends with repeat its best trial, and are no further trial
+        trials = [s for s in cell.settings if any("trial" in run.tags for run in s.runs)]
+        settings = sorted(trials or cell.settings, key=lambda s: min(run.started for run in s.runs))
         means = []
         for setting in settings:
             values = list(setting.validation.values())
@@ -307,7 +309,8 @@ def headline(found: Analysis) -> list[str]:
         first.append(f"{'; '.join(said)}.")
     if reference is not None and not tested:
         first.append("Nothing was tested: a paired test needs two seeds or more that both rules finished.")
-    bad = Counter(run.outcome for cell in comparison.cells.values() for run in cell.unfinished)
+    bad = Counter(run.outcome for cell in comparison.cells.values() for run in cell.unfinished
+                  if not ("trial" in run.tags and run.outcome in ("untested", "pruned")))
     bad.update(run.outcome for run in comparison.unreadable)
     if bad:
         total = sum(bad.values())

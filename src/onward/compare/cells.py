@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from onward.compare.records import Record, data_identity
 from onward.compare.statistics import Estimate, Paired, estimate, holm, paired
 
-NOT_SETTINGS = ("seed", "name", "resume", "search", "reported", "obtained", "tracking.", "paths.", "hydra.",
+NOT_SETTINGS = ("seed", "name", "resume", "search", "reported", "obtained", "tracking.", "paths.", "hydra.", "sweep.",
                 "trainer.progress", "trainer.profile")
 _LABEL_KEYS = 3
 

@@ -37,5 +37,5 @@ class Reconstruction(DataSet):
 
     def read(self) -> tuple[DataSpec, dict[str, Split]]:
         spec, splits = self.source.read()
-        spec = replace(spec, name=f"{spec.name}_reconstruction", task=Regression(spec.n_inputs))
+        spec = replace(spec, name=self.name, task=Regression(spec.n_inputs))
         return spec, {name: Split(split.x, split.x.flatten(1)) for name, split in splits.items()}

@@ -56,7 +56,8 @@ class Records:
             TrackingError: the store cannot be read.
         """
         runs = self._runs(job)
-        finished = [r for r in runs if r.status == "FINISHED" and "true" not in (r.tags.get("skipped"), r.tags.get("pruned"))]
+        finished = [r for r in runs if r.status == "FINISHED"
+                    and "true" not in (r.tags.get("skipped"), r.tags.get("pruned"))]
         if finished and self._settings.finished == "skip":
             return Decision("have", finished[0])
         last = runs[0] if runs else None

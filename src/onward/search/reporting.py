@@ -64,9 +64,9 @@ class Reporting(Callback):
     def on_validation_end(self, trainer, pl_module):
         epoch, stop = trainer.current_epoch + 1, False
         if trainer.is_global_zero and not trainer.sanity_checking:
-            from onward.search.study import PRUNED
+            from onward.search.study import PRUNED, report
 
-            self._open.report(pl_module.results[self._metric], epoch)
+            report(self._open, pl_module.results[self._metric], epoch)
             if epoch < trainer.max_epochs and self._open.should_prune():
                 stop = True
                 self._open.set_user_attr(PRUNED, f"pruned after {epoch} of {trainer.max_epochs} epochs by "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onward.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    from optuna.trial import Trial
 
 Value = bool | int | float | str | None
 
@@ -42,15 +42,13 @@ class Parameter:
     high: float | None = None
     choices: tuple[Value, ...] = ()
 
-    def optuna(self) -> BaseDistribution:
-        """What Optuna draws from."""
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+    def drawn(self, trial: Trial) -> Value:
+        """The parameter's value in a trial of Optuna, drawn if it has none yet."""
         if self.distribution == "categorical":
-            return CategoricalDistribution(self.choices)
+            return trial.suggest_categorical(self.key, self.choices)
         if self.distribution == "int":
-            return IntDistribution(self.low, self.high)
-        return FloatDistribution(self.low, self.high, log=self.distribution == "loguniform")
+            return trial.suggest_int(self.key, self.low, self.high)
+        return trial.suggest_float(self.key, self.low, self.high, log=self.distribution == "loguniform")
 
     def ends(self) -> list[Value]:
         """The values at which a config is most likely to be refused: both ends, or every choice."""
@@ -85,8 +83,9 @@ class Space:
         """The space without what the command line fixes."""
         return Space(tuple(p for p in self.parameters if p.key not in keys))
 
-    def distributions(self) -> dict[str, BaseDistribution]:
-        return {p.key: p.optuna() for p in self.parameters}
+    def drawn(self, trial: Trial) -> dict[str, Value]:
+        """The values of a trial."""
+        return {p.key: p.drawn(trial) for p in self.parameters}
 
     def words(self, values: Mapping[str, Value]) -> list[str]:
         """The overrides that set these values."""

@@ -27,7 +27,7 @@ from onward.tracking.settings import TrackingSettings
 SCHEMA = "onward_search"
 _BUSY_SECONDS = 60.0
 #: User attributes of trials and studies.
-PRUNED, DIVERGED, LOST, OWNER = "pruned", "diverged", "lost", "owner"
+PRUNED, DIVERGED, OWNER = "pruned", "diverged", "owner"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -144,7 +144,6 @@ class Study:
                  grid: Sequence[Mapping[str, Value]] | None = None):
         self.name, self.space, self.settings, self.maximise = name, space, settings, maximise
         self._grid = grid
-        self._distributions = space.distributions()
         self._open: dict[int, Trial] = {}
         storage = open_storage(url, new=True)
         if settings.finished == "again" and name in optuna.get_all_study_names(storage):
@@ -168,22 +167,17 @@ class Study:
         self._study.set_user_attr(OWNER, None)
 
     def _trials(self) -> list[FrozenTrial]:
-        return [t for t in self._study.get_trials(deepcopy=False)
-                if t.state != TrialState.WAITING and LOST not in t.user_attrs]
+        return [t for t in self._study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
 
     def ask(self) -> tuple[int, dict[str, Value]] | None:
         """The next trial and its values: one that was interrupted first; None when all have been given out."""
         while self._left:
             left = self._left.pop(0)
-            trial = Trial(self._study, left._trial_id)
-            if set(left.params) != set(self.space.keys):  # its process ended while it was drawn
-                trial.set_user_attr(LOST, True)
-                self._study.tell(trial, state=TrialState.FAIL)
-                continue
             if PRUNED in left.user_attrs:  # it had ended, and nobody had said so
-                self._study.tell(trial, state=TrialState.PRUNED)
+                self._study.tell(left.number, state=TrialState.PRUNED)
                 continue
-            return self._given(trial, left.params)
+            self._study.sampler = make_sampler(self.settings, left.number)  # its process may have ended as it drew
+            return self._given(Trial(self._study, left._trial_id))
         number = len(self._trials())
         if number >= self.settings.trials:
             return None
@@ -191,12 +185,11 @@ class Study:
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if self._grid is not None and not waiting:
             self._study.enqueue_trial(dict(self._grid[number]))
-        trial = self._study.ask(self._distributions)
-        return self._given(trial, trial.params)
+        return self._given(self._study.ask())
 
-    def _given(self, trial: Trial, values: dict[str, Value]) -> tuple[int, dict[str, Value]]:
+    def _given(self, trial: Trial) -> tuple[int, dict[str, Value]]:
         self._open[trial.number] = trial
-        return trial.number, dict(values)
+        return trial.number, self.space.drawn(trial)
 
     def finished(self, number: int, value: float, run_id: str | None) -> None:
         """A trial has run, to its end or until it was pruned."""
@@ -249,6 +242,13 @@ class Study:
         if not ran:
             return None
         return (max if self.maximise else min)(ran, key=lambda t: t.value)
+
+
+def report(trial: Trial, value: float, epoch: int) -> None:
+    """Report a validation; what a run that resumes from its checkpoint validates again is known already."""
+    known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    if epoch not in known:
+        trial.report(value, epoch)
 
 
 def open_trial(url: str, name: str, number: int, settings: SearchSettings) -> Trial:
