@@ -51,7 +51,8 @@ def test_counted_minimum():
     assert len(FILES) >= 75
     groups = {str(p.parent) for p in FILES}
     assert groups == {".", "algo", "data", "debug", "experiment", "hardware", "hardware/numerics", "hardware/runtime",
-                      "hydra", "model", "optimizer", "probe", "schedule", "tracking", "trainer"}
+                      "hydra", "hydra/launcher", "model", "optimizer", "probe", "schedule", "sweep", "tracking",
+                      "trainer"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -184,8 +184,66 @@ def test_audit_finds_it_broadcast():
     assert not found["held"][3, :3].any()
 
 
+def test_blocks_that_hear_no_error_are_differentiated_exactly():
+    """Block 1 alone hears the error: block 2 is backprop's, block 0 backprop's of block 1's signal."""
+    batch = a_batch(dtype=DOUBLE)
+    ours, exact = both(batch, rule=DirectFeedbackAlignment(inject=[1]))
+    assert distance(ours["block2"], exact["block2"]) <= 1e-14
+    engine = make_engine(DirectFeedbackAlignment(inject=[1]), model=net(), dtype=DOUBLE)
+    one, two = (engine.model.blocks[i].linear for i in (0, 1))
+    h1 = torch.relu(one(batch.x.flatten(1)))
+    h2 = torch.relu(two(h1))
+    error = engine.output_error(engine.forward(batch), batch)
+    d2 = (error @ engine.rule.feedback(1)) * (h2 > 0)
+    d1 = (d2 @ two.weight) * (h1 > 0)
+    taken = gradients(engine, batch)
+    assert distance(taken["block1"], [d2.T @ h1, d2.sum(0)]) <= 1e-14
+    assert distance(taken["block0"], [d1.T @ batch.x.flatten(1), d1.sum(0)]) <= 1e-14
+
+
+def test_no_block_that_hears_the_error_is_backprop():
+    ours, exact = both(a_batch(dtype=DOUBLE), rule=DirectFeedbackAlignment(inject=[]))
+    for group in exact:
+        assert distance(ours[group], exact[group]) <= 1e-14, group
+
+
+def test_bottleneck_lets_so_many_units_hear_the_error():
+    rule = DirectFeedbackAlignment(bottleneck={1: 4})
+    engine = make_engine(rule, model=net(), dtype=DOUBLE)
+    hear = rule.feedback(1).abs().sum(0) > 0
+    assert int(hear.sum()) == 4 and bool((rule.feedback(0) != 0).all())
+    weight = gradients(engine, a_batch(dtype=DOUBLE))["block1"][0]
+    assert weight[~hear].abs().max() == 0 and weight[hear].abs().max() > 0
+    refused = make_engine(DirectFeedbackAlignment(bottleneck={1: 0}), model=net(), dtype=DOUBLE)
+    assert gradients(refused, a_batch(dtype=DOUBLE))["block1"][0].abs().max() == 0
+
+
+def test_shared_normalised_matrix_of_the_published_practice():
+    """``F[:, :d] sqrt(d_max / d)`` with F ~ N(0, 1 / (d_max K)) (Launay et al. 2019): variance 1 / (d K)."""
+    rule = DirectFeedbackAlignment("normal", scale=math.sqrt(3 / 10), matrices="shared")
+    make_engine(rule, widths=(900, 400, 100))
+    wide, narrow = rule.feedback(0), rule.feedback(2)
+    assert torch.allclose(narrow, wide[:, :100] * math.sqrt(900 / 100), atol=1e-6)
+    assert wide.square().mean().item() == pytest.approx(1 / (900 * 10), rel=0.05)
+
+
+def test_tied_weights_are_refused():
+    model = mlp(digits()[0], (16, 16, 16))
+    model.blocks[2].linear.weight = model.blocks[1].linear.weight
+    refusal = DirectFeedbackAlignment().supports(model, digits()[0], Hardware())
+    assert "blocks.1.linear" in refusal and "blocks.2.linear" in refusal
+
+
+@pytest.mark.parametrize(("arguments", "key"), [
+    ({"inject": [0, 3]}, "inject"), ({"bottleneck": {3: 1}}, "bottleneck"), ({"bottleneck": {0: 65}}, "bottleneck"),
+])
+def test_blocks_and_units_that_the_model_has_not_are_named(arguments, key):
+    with pytest.raises(ConfigError, match=rf"^algo\.{key}="):
+        make_engine(DirectFeedbackAlignment(**arguments))
+
+
 @pytest.mark.parametrize(("key", "value"), [
-    ("distribution", "cauchy"), ("scale", 0.0), ("scale", float("nan")), ("normalise", "depth"),
+    ("inject", "some"), ("distribution", "cauchy"), ("scale", 0.0), ("scale", float("nan")), ("normalise", "depth"),
     ("matrices", "one"), ("positions", "all"),
 ])
 def test_bad_values_are_named(key, value):

@@ -135,18 +135,14 @@ def step_cost(engine: Engine, batch: Batch) -> dict[str, float]:
 
     trial = copy.deepcopy(warm)
     before = trial.ledger.copy()
-    with Flops() as flops:
+    live = LiveBytes()
+    with Flops() as flops, live:  # neither makes a tensor that the other would count
         trial.train_step(batch)
     counts = trial.ledger - before
 
-    trial = copy.deepcopy(warm)
-    with SavedBytes(trial.model.parameters()) as saved:
-        trial.train_step(batch)
+    with SavedBytes(warm.model.parameters()) as saved:
+        warm.train_step(batch)
 
-    trial = copy.deepcopy(warm)
-    live = LiveBytes()
-    with live:
-        trial.train_step(batch)
     units = engine.depth + 1
     return {
         "flops": float(flops.total),

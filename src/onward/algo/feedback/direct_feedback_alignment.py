@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+import torch
 
-from onward.algo.base import Feedback, RuleInfo, choice
-from onward.algo.feedback.matrices import DISTRIBUTIONS, random_matrix
+from onward.algo.base import RuleInfo, choice
+from onward.algo.feedback.broadcast import Broadcast
 from onward.errors import ConfigError
-from onward.model.base import Block
 
 
-class DirectFeedbackAlignment(Feedback):
+class DirectFeedbackAlignment(Broadcast):
     """``e B_i`` takes the place of dL/dh_i at the output of block i; everything inside the block is exact.
 
     ``t_i = e B_i``, ``dtheta_i = J_i^T t_i``, with ``e = dL/dscores`` (N, outputs) of the task's mean loss,
     fixed ``B_i`` (outputs, units of block i) and ``J_i`` block i's own Jacobian. For a dense block this is
-    ``dz_i = (e B_i) * act'(z_i)``, ``dW_i = dz_i^T h_{i-1}``. The readout has its exact gradient.
+    ``dz_i = (e B_i) * act'(z_i)``, ``dW_i = dz_i^T h_{i-1}``. The readout has its exact gradient. The matrices are
+    described at :class:`onward.algo.feedback.broadcast.Broadcast`.
 
-    Where the output is no vector: on a map (C, H, W) or a sequence (T, D) of a task with one target per
-    sample, ``positions=own`` gives every unit of every position its own weights, and ``positions=shared``
-    sends the same signal to all positions. With a target per position every position hears its own error,
-    and every node its own.
+    The practice of Launay et al. 2019 is ``matrices=shared distribution=normal scale=sqrt(3 / outputs)``: B_i has
+    entries of variance ``1 / (outputs width_i)``.
 
     Args:
-        distribution: of the entries, ``uniform`` or ``normal``, mean 0.
-        scale: entries are uniform in [-scale, scale) before normalisation; normal ones have the same
-            standard deviation, scale / sqrt(3).
-        normalise: ``width`` divides B_i by the root of the number of units it feeds, so that the norm of
-            t_i does not depend on the block and, at scale 1, is what torch's initial weights would give;
-            ``none`` does not.
-        matrices: ``own`` draws one per block; ``shared`` draws one, of which each block takes the first
-            columns.
-        positions: ``own`` or ``shared``, see above.
+        distribution, scale, normalise, matrices, positions: see :class:`Broadcast`.
+        inject: ``all`` blocks hear the error, or those of a list; the others have the exact gradient of what is
+            above them, down to the next one that hears it. Blocks above the highest one train as by
+            backpropagation, ``[]`` is backpropagation.
+        bottleneck: how many units of a block hear the error, by block, as in ``{1: 46}``: a fixed random choice,
+            the others hear 0.
     Raises:
-        ConfigError: an unknown distribution, normalise, matrices or positions; a scale that is not positive.
-    Source: Nøkland 2016, arXiv 1609.01596, section 2; ``shared`` and ``width``: Launay et al. 2020,
-    arXiv 2006.12878.
+        ConfigError: an unknown choice, a scale that is not positive, a block or a number of units that the model
+            does not have.
+    Source: Nøkland 2016, arXiv 1609.01596, section 2; ``width``, ``shared`` and ``bottleneck``: Launay, Poli, Krzakala
+    2019, arXiv 1906.04554; ``inject``: Launay et al. 2020, arXiv 2006.12878.
     """
+
+    name = "direct_feedback_alignment"
 
     info = RuleInfo(
         title="Direct feedback alignment",
@@ -55,57 +53,45 @@ class DirectFeedbackAlignment(Feedback):
     )
 
     def __init__(self, distribution: str = "uniform", scale: float = 1.0, normalise: str = "width",
-                 matrices: str = "own", positions: str = "own"):
-        super().__init__()
-        self.distribution = choice("algo.distribution", distribution, DISTRIBUTIONS)
-        if not scale > 0:
-            raise ConfigError("algo.scale", scale, "a positive number")
-        self.scale = scale
-        self.normalise = choice("algo.normalise", normalise, ("width", "none"))
-        self.matrices = choice("algo.matrices", matrices, ("own", "shared"))
-        self.positions = choice("algo.positions", positions, ("own", "shared"))
+                 matrices: str = "own", positions: str = "own",
+                 inject: str | Sequence[int] = "all", bottleneck: Mapping[int, int] | None = None):
+        super().__init__(distribution, scale, normalise, matrices, positions)
+        if isinstance(inject, str):
+            choice("algo.inject", inject, ("all",))
+        self.inject = inject if isinstance(inject, str) else [int(i) for i in inject]
+        self.bottleneck = {int(i): int(n) for i, n in (bottleneck or {}).items()}
 
     def setup(self, model, spec):
-        self.per_position = spec.task.per_position
-        std = self.scale / math.sqrt(3.0)
-        outputs = spec.task.n_outputs
-        columns = [self._columns(block) for block in model.blocks]
-        if self.matrices == "shared":
-            common = random_matrix((outputs, max(columns)), self.distribution, std)
-            drawn = [common[:, :n].clone() for n in columns]
-        else:
-            drawn = [random_matrix((outputs, n), self.distribution, std) for n in columns]
-        for i, (block, b) in enumerate(zip(model.blocks, drawn, strict=True)):
-            if self.normalise == "width":
-                b /= math.sqrt(self._fed(block))
-            self.register_buffer(f"feedback_{i}", b)
+        super().setup(model, spec)
+        valid = f"blocks of this model: 0 to {len(model) - 1}"
+        if self.inject != "all" and not set(self.inject) <= set(range(len(model))):
+            raise ConfigError("algo.inject", self.inject, valid)
+        self.heard = set(range(len(model)) if self.inject == "all" else self.inject)
+        for i, n in self.bottleneck.items():
+            if i not in range(len(model)):
+                raise ConfigError("algo.bottleneck", self.bottleneck, valid)
+            columns = self.feedback(i).shape[1]
+            if not 0 <= n <= columns:
+                raise ConfigError("algo.bottleneck", self.bottleneck,
+                                  f"0 to {columns} units of block {i} that hear the error")
+            self.feedback(i)[:, torch.randperm(columns)[n:]] = 0.0
         return model
 
-    def _per_channel(self, block: Block) -> bool:
-        """True where the positions of this block's output do not have weights of their own."""
-        return (block.layout == "sequence" and self.per_position) or self.positions == "shared"
-
-    def _columns(self, block: Block) -> int:
-        if block.layout == "map" and self._per_channel(block):
-            return block.out_shape[0]
-        if block.layout == "sequence" and self._per_channel(block):
-            return block.out_shape[-1]
-        return math.prod(block.out_shape)
-
-    def _fed(self, block: Block) -> int:
-        """Units that one row of the error reaches."""
-        if block.layout == "sequence" and self.per_position:
-            return block.out_shape[-1]
-        return math.prod(block.out_shape)
-
-    def feedback(self, i: int) -> Tensor:
-        """B_i, (outputs, columns)."""
-        return getattr(self, f"feedback_{i}")
-
     def teaching_signal(self, engine, i, error, h):
-        signal = error @ engine.hardware.apply("feedback", self.feedback(i))
-        if signal.numel() == h.numel():
-            return signal.reshape(h.shape)
-        # one signal for all positions of a sample
-        axes = (..., None, None) if h.dim() == 4 else (slice(None), None)
-        return signal[axes].expand_as(h)
+        return self.project(engine, i, error, h)
+
+    def step(self, engine, batch):
+        tapes, h = [], batch.x
+        for i in range(engine.depth + 1):
+            tapes.append(engine.record(i, h, batch.context))
+            h = tapes[-1].output
+        loss, cotangent = engine.loss_and_error(h, batch)
+        error = engine.hardware.apply("error", cotangent)
+        for i in reversed(range(engine.depth + 1)):
+            tape = tapes.pop()
+            if i in self.heard:
+                cotangent = self.teaching_signal(engine, i, error, tape.output)
+            grads, cotangent = tape.vjp(cotangent, inputs=i > 0 and i - 1 not in self.heard)
+            engine.update(i, grads)
+            del tape
+        return {"loss": loss}
