@@ -69,9 +69,8 @@ def measured_gain(lanes: Sequence[Lane], batches: Sequence[Batch], repeats: int 
     Raises:
         Unsupported: the batch does not compute what its first and last run compute alone.
     """
-    engines = [copy.deepcopy(lane.parts.engine) for lane in lanes]
-    ends = [copy.deepcopy(engines[k]) for k in (0, -1)]
-    together, batch = BatchedEngine(engines), stack(batches)
+    ends = [copy.deepcopy(lanes[k].parts.engine) for k in (0, -1)]
+    together, batch = BatchedEngine([lane.parts.engine for lane in lanes]), stack(batches)  # holds copies itself
     found = together.train_step(batch)["loss"]
     expected = torch.stack([e.train_step(batches[k])["loss"] for e, k in zip(ends, (0, -1), strict=True)])
     if not torch.allclose(found[[0, -1]], expected, rtol=1e-4, atol=1e-6):
@@ -150,12 +149,14 @@ class _Training:
         return self.engine.step_index == self.settings.max_steps
 
     def _probe(self, step: int, batch: Batch) -> None:
-        due = [p for p in self.parts.probes if p.due(step)]
-        for k, run in enumerate(self.runs) if due else ():
-            one = Batch(batch.x[k], batch.y[k], rows=batch.rows, total=batch.total)
-            engine = self.engine.write_back(k)
-            for probe in due:
-                run.log(probe.measure(engine, one), step)
+        for probe in self.parts.probes:
+            if not probe.due(step):
+                continue
+            for k, run in enumerate(self.runs):
+                if k == 0 or not probe.of_shape:
+                    one = Batch(batch.x[k], batch.y[k], rows=batch.rows, total=batch.total)
+                    found = probe.measure(self.engine.write_back(k), one)
+                run.log(found, step)
 
     def _flush(self) -> None:
         if not self.window.count:

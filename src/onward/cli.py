@@ -268,6 +268,8 @@ def through_hydra(hydra: Hydra, name: str, overrides: list[str], made: Sweep) ->
 
     pinned = str(made.directory).replace("\\", "\\\\").replace('"', '\\"')
     words = [*overrides, "hydra.mode=MULTIRUN", f'hydra.sweep.dir="{pinned}"']
+    if not any("hydra.output_subdir" in word for word in words):
+        words.append("hydra.output_subdir=null")  # the run writes its config itself
     with made, explained(hydra, words, name, multirun=True):
         try:
             hydra.multirun(name, Task(made), words)

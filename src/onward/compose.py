@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -31,6 +29,7 @@ from yaml import YAMLError
 from onward.catalogue import checkout, config_dir
 from onward.config import GROUPS, validate
 from onward.errors import ConfigError, OnwardError, nearest
+from onward.loader import Loader
 
 CONFIG_NAME = "train"
 
@@ -86,7 +85,7 @@ def session(config_dir_option: str | None = None, config_path: str | None = None
     instance.clear()
     try:
         hydra = Hydra.create_main_hydra2("onward", search_path)
-        hydra.config_loader.repository = ReadOnce(hydra.config_loader.repository)
+        hydra.config_loader = Loader(search_path)
         yield hydra
     finally:
         instance.hydra = previous
@@ -116,48 +115,10 @@ def compose_run(hydra: Hydra, overrides: list[str], config_name: str = CONFIG_NA
 
 
 def _check_choices(cfg: DictConfig, overrides: Sequence[str], config_name: str) -> None:
-    for group in GROUPS if config_name == CONFIG_NAME else ():  # Hydra merges the files of group=[a,b], and counts it as no choice
-        if group not in cfg.hydra.runtime.choices:
+    for group in GROUPS if config_name == CONFIG_NAME else ():
+        if group not in cfg.hydra.runtime.choices:  # Hydra merges the files of group=[a,b], and counts it as no choice
             value = next((w.partition("=")[2] for w in overrides if w.startswith(f"{group}=")), None)
             raise ConfigError(group, value, "one option; -m with commas runs several")
-
-
-class ReadOnce(IConfigRepository):
-    """Hydra's repository, reading every file once a session: composing hundreds of jobs reads the same ones."""
-
-    def __init__(self, repository: IConfigRepository):
-        self.repository = repository
-        self._read: dict[str, object] = {}
-
-    def __deepcopy__(self, memo: dict) -> ReadOnce:
-        # Hydra copies its repository for every composition
-        twin = ReadOnce(copy.deepcopy(self.repository, memo))
-        twin._read = self._read
-        return twin
-
-    def initialize_sources(self, config_search_path):
-        self._read = {}
-        self.repository.initialize_sources(config_search_path)
-
-    def load_config(self, config_path: str):
-        if config_path not in self._read:
-            self._read[config_path] = self.repository.load_config(config_path)
-        return copy.deepcopy(self._read[config_path])  # Hydra builds the nodes of a file into the config
-
-    def get_schema_source(self):
-        return self.repository.get_schema_source()
-
-    def group_exists(self, config_path: str) -> bool:
-        return self.repository.group_exists(config_path)
-
-    def config_exists(self, config_path: str) -> bool:
-        return self.repository.config_exists(config_path)
-
-    def get_group_options(self, group_name: str, results_filter: ObjectType | None = ObjectType.CONFIG) -> list[str]:
-        return self.repository.get_group_options(group_name, results_filter)
-
-    def get_sources(self):
-        return self.repository.get_sources()
 
 
 # ---------------------------------------------------------------------- many configs
@@ -182,25 +143,8 @@ class Composed:
     subdir: str
 
 
-@dataclass(frozen=True)
-class _Base:
-    """What a choice of groups gives: the whole config, and the part that jobs differ in.
-
-    Attributes:
-        alone: nothing in ``task`` reads the ``hydra`` node, which then need not be copied for a job.
-    """
-
-    whole: DictConfig
-    task: DictConfig
-    choices: dict[str, str]
-    alone: bool
-
-
 class Composer:
-    """Composes the jobs of a sweep: once for every choice of groups, and by setting values on copies of that.
-
-    It gives what composing each job from its files gives, which takes some thirty times as long: Hydra too applies
-    ``key=value`` after it has read the files of the groups.
+    """Composes the jobs of a sweep, quickly: see :class:`onward.loader.Loader`.
 
     Args:
         fixed: overrides of every job, before its own; among them Hydra's (``hydra.sweep.dir=...``).
@@ -208,9 +152,7 @@ class Composer:
 
     def __init__(self, hydra: Hydra, config_name: str = CONFIG_NAME, fixed: Sequence[str] = ()):
         self._hydra, self._name, self._fixed = hydra, config_name, list(fixed)
-        self._words: dict[str, Override] = {}
-        self._bases: dict[tuple[str, ...], _Base] = {}
-        self._groups: dict[str, bool] = {}
+        self._tasks: dict[tuple[str, ...], DictConfig | None] = {}
 
     def __call__(self, overrides: Sequence[str], number: int = 0) -> Composed:
         """The job of that number with these overrides, checked.
@@ -220,52 +162,36 @@ class Composer:
         """
         words = [*self._fixed, *overrides]
         with explained(self._hydra, words, self._name):
-            parsed = [self._parse(word) for word in words]
-            values = [o for o in parsed if not o.is_hydra_override() and not self._chooses(o)]
-            self._hydra.config_loader.validate_sweep_overrides_legal(values, RunMode.RUN, from_shell=False)
-            base = self._base([o.input_line for o in parsed if o not in values], words)
-            task = tuple(o.input_line for o in parsed if not o.is_hydra_override() and not of_sweep(o.input_line))
-            if base.alone and not any("${hydra" in word for word in words):
-                cfg = copy.deepcopy(base.task)
-                ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
-                subdir = str(number)
-                config = _resolved(cfg)
-            else:
-                cfg = copy.deepcopy(base.whole)
-                ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
-                cfg.hydra.overrides.task = list(task)
+            parts = self._hydra.config_loader.split(words)
+            task = self._task(parts.chosen, words)
+            if task is None or any("${hydra" in word for word in words):
+                cfg = self._hydra.compose_config(self._name, words, RunMode.RUN, with_log_configuration=False)
                 cfg.hydra.job.num, cfg.hydra.job.id = number, str(number)
                 with _hydra_config(cfg):
                     config, subdir = _resolved(cfg), str(cfg.hydra.sweep.subdir)
                 cfg = OmegaConf.masked_copy(cfg, list(config))
+            else:
+                cfg = copy.deepcopy(task)
+                self._hydra.config_loader.apply(parts.values, cfg)
+                config, subdir = _resolved(cfg), str(number)
         if self._name == CONFIG_NAME:
             validate(cfg)
-        return Composed(number, task, config, base.choices, subdir)
+        base = self._hydra.config_loader.base(self._name, parts.chosen)
+        choices = {k: str(v) for k, v in base.hydra.runtime.choices.items() if not k.startswith("hydra")}
+        return Composed(number, tuple(o.input_line for o in parts.task if not of_sweep(o.input_line)), config, choices,
+                        subdir)
 
-    def _base(self, chosen: list[str], words: list[str]) -> _Base:
-        key = tuple(chosen)
-        if key not in self._bases:
-            whole = self._hydra.compose_config(self._name, chosen, RunMode.RUN, with_log_configuration=False)
+    def _task(self, chosen: tuple[str, ...], words: list[str]) -> DictConfig | None:
+        """What groups give without the ``hydra`` node, which is most of it; None if something reads that node."""
+        if chosen not in self._tasks:
+            whole = self._hydra.config_loader.base(self._name, chosen)
             _check_choices(whole, words, self._name)
-            task = OmegaConf.masked_copy(whole, [k for k in whole if k != "hydra"])
+            task = OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])
             OmegaConf.set_struct(task, True)
             alone = "${hydra" not in str(OmegaConf.to_container(task, resolve=False)) and \
                 whole.hydra.sweep._get_node("subdir")._value() == "${hydra.job.num}"
-            choices = {k: str(v) for k, v in whole.hydra.runtime.choices.items() if not k.startswith("hydra")}
-            self._bases[key] = _Base(whole, task, choices, alone)
-        return self._bases[key]
-
-    def _chooses(self, override: Override) -> bool:
-        """Whether an override chooses files of a group, as Hydra decides it."""
-        key = override.key_or_group
-        if key not in self._groups:
-            self._groups[key] = self._hydra.config_loader.repository.group_exists(key)
-        return self._groups[key] and not isinstance(override.value(), dict)
-
-    def _parse(self, word: str) -> Override:
-        if word not in self._words:
-            self._words[word] = OverridesParser.create().parse_override(word)
-        return self._words[word]
+            self._tasks[chosen] = task if alone else None
+        return self._tasks[chosen]
 
 
 def of_sweep(word: str) -> bool:

@@ -48,7 +48,6 @@ class BatchedEngine:
         self._names = self._group_names()
         self._chains = self._make_chains()
         self._lane = _Lane(first, [e.seed for e in engines], self)
-        self._lanes = torch.arange(self.size)
         self._losses = torch.zeros(self.size, first.depth)
 
     def _group_names(self) -> dict[str, list[str]]:
@@ -81,15 +80,15 @@ class BatchedEngine:
         lane.step_index = self.step_index
         tensors = {n: t for n in ("x", "y", "index") if (t := getattr(batch, n)) is not None}
 
-        def step(parameters, buffers, tensors, losses, k):
-            lane.enter(k, losses)
+        def step(parameters, buffers, tensors, losses):
+            lane.block_losses = losses
             one = Batch(**tensors, rows=batch.rows, total=batch.total)
             return functional_call(self._pair, {**parameters, **buffers}, (lane, one, "step"))
 
         for _, chain in self._chains:
             chain.begin_step(self.step_index)
         with torch.no_grad():
-            metrics = vmap(step)(self.parameters, self.buffers, tensors, self._losses, self._lanes)
+            metrics = vmap(step, randomness="same")(self.parameters, self.buffers, tensors, self._losses)
         for _, chain in self._chains:
             chain.end_step()
         self.step_index += 1
@@ -113,12 +112,11 @@ class BatchedEngine:
         """Scores of every lane on the same samples, by readout, (K, B, outputs)."""
         lane = self._lane
 
-        def predict(parameters, buffers, k):
-            lane.enter(k, None)
+        def predict(parameters, buffers):
             return functional_call(self._pair, {**parameters, **buffers}, (lane, batch.unlabelled(), "predict"))
 
         with lane.inference():
-            return vmap(predict)(self.parameters, self.buffers, self._lanes)
+            return vmap(predict, randomness="same")(self.parameters, self.buffers)
 
     # ------------------------------------------------------------------ lanes as engines
 
@@ -200,14 +198,8 @@ class _Lane(Engine):
         self.updates = SimpleNamespace(total_steps=first.updates.total_steps)
         self.seeds, self._together = list(seeds), together
         self.ledger: Counter[str] = Counter()
-        self.step_index, self._lane = first.step_index, None
+        self.step_index = first.step_index
         self.block_losses = torch.zeros(first.depth)
-
-    def enter(self, lane: Tensor, losses: Tensor | None) -> None:
-        """Begin the pass of one lane: its number, and the vector its blocks' losses are written to."""
-        self._lane = lane
-        if losses is not None:
-            self.block_losses = losses
 
     # -- random numbers
 
@@ -223,7 +215,7 @@ class _Lane(Engine):
 
     def random(self, stream, sample):
         step = self.step_index
-        return _Draw.apply(self._lane, lambda k: sample(generator(self.seeds[k], step, stream)))
+        return _lane(torch.stack([sample(generator(seed, step, stream)) for seed in self.seeds]))
 
     # -- parameters and gradients
 
@@ -244,21 +236,13 @@ class _Lane(Engine):
         self._hand_over(self._together.write_delta, self.group(i), deltas)
 
     def _hand_over(self, receive, group: str, values: Sequence[Tensor | None]) -> None:
-        given = [k for k, v in enumerate(values) if v is not None]
-        names = self._together.names(group)
-
-        def deliver(stacked):
-            out: list[Tensor | None] = [None] * len(names)
-            for k, value in zip(given, stacked, strict=True):
-                out[k] = value
-            receive(group, out)
-
-        _HandOver.apply(deliver, *(values[k] for k in given))
+        missing = len(self._together.names(group)) - len(values)
+        receive(group, [None if v is None else _stacked(v, len(self.seeds)) for v in [*values, *[None] * missing]])
 
     def record(self, i: int, h: Tensor, context: Graph | None = None) -> Tape:
         if self._closed[i]:
             self.ledger["unit_forwards"] += 1
-            return _LaneDenseTape(self.units[i], h)
+            return _LaneDenseTape(self.units[i], h, len(self.seeds))
         return _FunctionalTape(self.units[i], lambda x: self.run(i, x, context), h)
 
     def jvp(self, i, h, dh, tangents, context=None):
@@ -317,32 +301,19 @@ class _Call(nn.Module):
 class _LaneDenseTape(DenseTape):
     """The closed form, with bias and activation inside the one batched product that torch would write as three."""
 
+    def __init__(self, unit, x, size: int):
+        self.size = size
+        super().__init__(unit, x)
+
     def affine(self):
         linear = self.unit.linear
         if linear.bias is None or self.x.dim() != 2:
             return super().affine()
-        z = _Affine.apply(self.x, linear.weight, linear.bias)
+        x, weight, bias = (_stacked(t, self.size) for t in (self.x, linear.weight, linear.bias))
+        z = _lane(torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)))
         if self.name == "identity":
             return z
         return z.relu_() if self.name == "relu" else self.unit.act(z)
-
-
-class _Affine(torch.autograd.Function):
-    """``x W^T + b`` of every lane by one ``baddbmm``."""
-
-    @staticmethod
-    def forward(x, weight, bias):
-        return torch.addmm(bias, x, weight.t())
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info, in_dims, *given):
-        x, weight, bias = (t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape)
-                           for t, d in zip(given, in_dims, strict=True))
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)), 0
 
 
 class _FunctionalTape(Tape):
@@ -366,35 +337,18 @@ class _FunctionalTape(Tape):
         return list(found[0]) if parameters else [], found[1] if inputs and self.real else None
 
 
-class _Draw(torch.autograd.Function):
-    """Random numbers of every lane from that lane's own source."""
-
-    @staticmethod
-    def forward(lane, make):
-        return make(int(lane))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info, in_dims, lane, make):
-        return torch.stack([make(k) for k in lane.tolist()]), 0
+# What is inside vmap, and back. An autograd.Function with a vmap rule is the documented way to the same, and costs
+# a tenth of a millisecond a call, as much as the products of a small block.
+_vmap = torch._C._functorch
 
 
-class _HandOver(torch.autograd.Function):
-    """Stacked tensors, given to code outside vmap at this very point of the pass."""
+def _stacked(t: Tensor, size: int) -> Tensor:
+    """The tensor of all lanes behind one lane's, (K, ...)."""
+    if not _vmap.is_batchedtensor(t):
+        return t.expand(size, *t.shape)
+    return _vmap.get_unwrapped(t).movedim(_vmap.maybe_get_bdim(t), 0)
 
-    @staticmethod
-    def forward(deliver, *values):
-        raise RuntimeError("a lane's updates are handed over inside vmap only")
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Nothing is kept."""
-
-    @staticmethod
-    def vmap(info, in_dims, deliver, *values):
-        deliver([v.movedim(d, 0) if d is not None else v.expand(info.batch_size, *v.shape)
-                 for v, d in zip(values, in_dims[1:], strict=True)])
-        return torch.zeros(()), None
+def _lane(t: Tensor) -> Tensor:
+    """One lane's view of a tensor of all lanes (K, ...)."""
+    return _vmap._add_batch_dim(t, 0, _vmap.maybe_current_level())

@@ -53,9 +53,8 @@ class BatchedPool(Pool):
 
 
 def shape(job: Job) -> str:
-    """What jobs of one batch have in common: everything but the seed, the name and the learning rate."""
-    config = {**job.config, "optimizer": {**job.config["optimizer"], "lr": None}, "name": None}
-    return config_hash(OmegaConf.create(config))
+    """What jobs of one batch have in common: everything but the seed and the learning rate."""
+    return config_hash({**job.config, "optimizer": {**job.config["optimizer"], "lr": None}})
 
 
 def run_together(jobs: Sequence[Job]) -> tuple[list[Done], list[Job]]:

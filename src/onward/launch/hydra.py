@@ -38,18 +38,20 @@ class Task:
 
     def __init__(self, sweep: Sweep):
         self.sweep, self.parent_id = sweep, sweep.parent_id
+        self._records: Records | None = None
 
     def __getstate__(self) -> dict:
-        return {"sweep": None, "parent_id": self.parent_id}
+        return {"sweep": None, "parent_id": self.parent_id, "_records": None}
 
     def __call__(self, cfg: DictConfig) -> float:
         from hydra.core.hydra_config import HydraConfig
 
         settings = SweepSettings.from_config(cfg.get("sweep"))
-        tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+        if self._records is None:
+            self._records = Records(TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs), settings)
         cell = _cell(cfg, HydraConfig.get())
         directory = Path(HydraConfig.get().runtime.output_dir)
-        job, result = decided(job_for(cell, directory, self.parent_id), Records(tracking, settings))
+        job, result = decided(job_for(cell, directory, self.parent_id), self._records)
         result = result or run_job(job)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / RESULT_FILE).write_text(json.dumps(result.as_dict()), encoding="utf-8")

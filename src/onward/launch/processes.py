@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from onward.errors import OnwardError
 from onward.launch.job import KILLED, Job
 from onward.launch.pools import Done, Pool, cores_per_job
 from onward.launch.worker import THREAD_VARIABLES, run_job
@@ -71,7 +72,11 @@ def start(function: Callable[..., Any], *arguments: Any, output: Path | None = N
         here, there = context.Pipe(duplex=False)
         process = context.Process(target=_main, args=(function, arguments, there, output))
         started = time.perf_counter()
-        process.start()
+        try:
+            process.start()
+        except (EOFError, ConnectionError) as error:
+            raise OnwardError("the fork server ended while it imported what jobs need; its own message is above, and "
+                              "hydra/launcher=serial shows it too") from error
     there.close()
     return Worker(process, here, started)
 

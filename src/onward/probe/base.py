@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from onward.data.spec import Batch
 from onward.errors import ConfigError
@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 class Probe:
-    """Measured at update ``start`` and then every ``every`` updates (None: once)."""
+    """Measured at update ``start`` and then every ``every`` updates (None: once).
+
+    ``of_shape``: what it measures follows from the shapes alone, so that trainings of one shape share it.
+    """
+
+    of_shape: ClassVar[bool] = False
 
     def __init__(self, start: int = 1, every: int | None = None):
         if start < 0:

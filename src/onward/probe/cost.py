@@ -14,6 +14,8 @@ class Cost(Probe):
     :func:`onward.hardware.energy.joules_per_product`.
     """
 
+    of_shape = True
+
     def measure(self, engine, batch):
         cost = step_cost(engine, batch)
         energy = cost["flops"] / 2 * joules_per_product(engine.hardware)

@@ -19,9 +19,9 @@ _ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-# An outage is reported once, in words, by the sender; the last two print a trace or a line per attempt.
+# An outage is reported once, in words, by the sender; of the store and of urllib3 it is a trace or a line per attempt.
 _LEVELS = {"mlflow": logging.WARNING, "alembic": logging.WARNING, "mlflow.store.db.utils": logging.CRITICAL,
-           "urllib3.connectionpool": logging.ERROR}
+           "urllib3.connectionpool": logging.ERROR, "matplotlib": logging.WARNING}
 _clients: dict[tuple[int, str], MlflowClient] = {}
 
 
