@@ -109,6 +109,7 @@ class _Training:
         self.parts = lanes[0].parts
         self.task, self.settings = self.parts.spec.task, self.parts.settings
         self.engine = BatchedEngine([lane.parts.engine for lane in lanes])
+        self.meters = [Meters(self.task, lane.parts.rule.has_logits) for lane in lanes]
         self.window, self.every = Window(), max(10, self.parts.total_steps // 200)
         self.best: list[float | None] = [None] * len(lanes)
         self.kept = {n: t.clone() for n, t in self.engine.state().items()}
@@ -181,12 +182,13 @@ class _Training:
 
     def _evaluate(self, split: str) -> list[tuple[dict[str, float], str]]:
         """Metrics of a split and the primary readout, for every lane."""
-        meters = [Meters(self.task, lane.parts.rule.has_logits) for lane in self.lanes]
+        for meter in self.meters:
+            meter.begin()
         for batch in self.parts.data.loader(split).batches():
             scores = self.engine.predict(batch)
-            for k, meter in enumerate(meters):
+            for k, meter in enumerate(self.meters):
                 meter.update({name: s[k] for name, s in scores.items()}, batch)
-        return [(meter.finish(split), meter.primary) for meter in meters]
+        return [(meter.finish(split), meter.primary) for meter in self.meters]
 
     def _validate(self, epoch: int) -> None:
         found, key = self._evaluate("val"), f"val/{self.task.metric}"

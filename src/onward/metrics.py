@@ -59,7 +59,7 @@ def require_finite(values: dict[str, float], step: int) -> None:
 
 
 class Meters:
-    """Loss and metrics of every readout over a split.
+    """Loss and metrics of every readout over a split, from :meth:`begin` to :meth:`finish`; used for split after split.
 
     Args:
         has_logits: whether a readout's scores are logits, so that the task's loss of them means something.
@@ -69,6 +69,13 @@ class Meters:
         self.task, self.has_logits = task, has_logits
         self._meters: dict[str, dict] = {}
         self._losses: dict[str, list] = {}
+
+    def begin(self) -> None:
+        """Forget what was taken in."""
+        for readout, meters in self._meters.items():
+            for meter in meters.values():
+                meter.reset()
+            self._losses[readout] = [torch.zeros_like(self._losses[readout][0]), 0]
 
     def update(self, scores: dict[str, Tensor], batch: Batch) -> None:
         """Take in one batch's scores by readout, the primary readout first."""

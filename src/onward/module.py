@@ -122,7 +122,7 @@ class ExperimentModule(pl.LightningModule):
     # ------------------------------------------------------------------ evaluation
 
     def _begin_evaluation(self) -> None:
-        self._meters = Meters(self.engine.task, self.rule.has_logits)
+        self._meters.begin()
 
     def _evaluate(self, batch: Batch) -> None:
         with self.engine.inference():

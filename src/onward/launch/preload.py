@@ -13,7 +13,6 @@ import sklearn.datasets  # noqa: F401
 import sqlalchemy.orm
 
 import onward.app
-import onward.cli
 import onward.launch.worker
 import onward.tracking.plots  # noqa: F401
 from onward.errors import TrackingError
