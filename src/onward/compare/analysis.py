@@ -12,7 +12,7 @@ from typing import Any
 
 from onward.compare.cells import Cell, Column, Comparison, compare
 from onward.compare.curves import AXES, BY_KEY, Curve, read_curve, targets
-from onward.compare.records import Record, Selection, Store
+from onward.compare.records import Record, Selection, Store, is_trial
 from onward.compare.statistics import Ranking, best_so_far, pareto, profile, ranking
 
 ALPHA = 0.05
@@ -310,7 +310,7 @@ def headline(found: Analysis) -> list[str]:
     if reference is not None and not tested:
         first.append("Nothing was tested: a paired test needs two seeds or more that both rules finished.")
     bad = Counter(run.outcome for cell in comparison.cells.values() for run in cell.unfinished
-                  if not ("trial" in run.tags and run.outcome in ("untested", "pruned")))
+                  if not is_trial(run))
     bad.update(run.outcome for run in comparison.unreadable)
     if bad:
         total = sum(bad.values())

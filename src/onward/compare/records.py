@@ -257,6 +257,11 @@ class Record:
         return said or "no reason was recorded"
 
 
+def is_trial(run: Record) -> bool:
+    """True for a trial of a search that ended as it should: validated, not tested."""
+    return "trial" in run.tags and run.outcome in ("untested", "pruned")
+
+
 def less_is_better(metric: str) -> bool:
     """Whether a metric of this name is a loss or an error; runs say it themselves in the tag ``goal``."""
     return any(word in metric for word in _LESS_IS_BETTER)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from onward.compare.analysis import (
 )
 from onward.compare.cells import Cell, Column, Setting, differing_keys
 from onward.compare.curves import AXES, BY_KEY
-from onward.compare.records import Record
+from onward.compare.records import Record, is_trial
 from onward.compare.statistics import profile_score
 from onward.tracking.store import sqlite_path
 
@@ -133,13 +134,21 @@ def _effect(value: float | None) -> str:
 
 
 def _problems(cell: Cell) -> list[dict[str, str]]:
-    """Runs without a figure, those with the same outcome and reason in one line."""
+    """Runs without a figure, those with the same outcome and reason in one line; trials of a search apart."""
     found: dict[tuple[str, str], list[str]] = {}
+    trials = Counter(run.outcome for run in cell.unfinished if is_trial(run))
     for run in cell.unfinished:
+        if is_trial(run):
+            continue
         why = re.sub(r"\bprocess \d+", "process", run.reason) if run.outcome == "running" else run.reason
         found.setdefault((run.outcome, why), []).append("?" if run.seed is None else str(run.seed))
-    return [{"outcome": outcome, "reason": why, "seeds": f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"}
-            for (outcome, why), seeds in found.items()]
+    lines = [{"outcome": outcome, "reason": why, "seeds": f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"}
+             for (outcome, why), seeds in found.items()]
+    if trials:
+        pruned = f"; {trials['pruned']} of them ended early" if trials["pruned"] else ""
+        lines.append({"outcome": "searched", "seeds": f"{sum(trials.values())} trials",
+                      "reason": f"validated only, to choose the setting{pruned}"})
+    return lines
 
 
 def _column(found: Analysis, column: Column, style: dict[str, figures.Style], drawn: dict[str, str]) -> dict[str, Any]:
