@@ -54,7 +54,8 @@ def test_one_that_diverges_ends_failed_and_the_others_go_on(tmp_path, monkeypatc
     ("trainer.patience=1", "trainer.patience"), ("model.norm=batch", "batch normalisation")])
 def test_what_cannot_be_batched_runs_alone_and_says_why(override, reason, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "onward"):
-        results = sweep(tmp_path, monkeypatch, [["seed=0"], ["seed=1"]], "algo=backprop", "sweep.batched=true", override)
+        results = sweep(tmp_path, monkeypatch, [["seed=0"], ["seed=1"]], override, "algo=backprop",
+                        "sweep.batched=true")
     assert [r.status for r in results] == [FINISHED, FINISHED]
     assert reason in caplog.text
 
