@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import resource
@@ -20,6 +21,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.trainer.connectors import callback_connector
 
 from onward.algo.base import Rule
 from onward.checkpoint import Resumed, read_checkpoint, resume_config
@@ -42,6 +44,9 @@ from onward.tracking.note import run_name
 from onward.tracking.run import Run, TrackingSettings
 
 log = logging.getLogger("onward")
+
+# Lightning asks all installed packages for callbacks of theirs whenever a Trainer is made; once a process is enough.
+callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
 
 #: Config groups whose choice is shown with a run.
 RUN_CHOICES = ("algo", "model", "data", "hardware", "optimizer", "schedule")

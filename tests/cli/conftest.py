@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from collections.abc import Callable
@@ -39,6 +40,17 @@ class Calls:
     @property
     def configs(self) -> list[DictConfig]:
         return [run[0] for run in self.runs]
+
+
+@pytest.fixture(autouse=True)
+def _no_log_handler_left():
+    """A run sets up logging for its process; the next test's streams are others."""
+    loggers = [logging.getLogger(), logging.getLogger("onward")]
+    before = [list(logger.handlers) for logger in loggers]
+    yield
+    for logger, handlers in zip(loggers, before, strict=True):
+        for handler in set(logger.handlers) - set(handlers):
+            logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -70,6 +70,7 @@ class Run:
         self._params = {str(k): str(v) for k, v in params.items()}
         self._pid, self._child = os.getpid(), 0
         self._uri: str | None = None
+        self._artifacts: Path | None = None
         self._buffer: list[tuple[int, int, dict[str, Any]]] = []
         self._unsent: list[tuple[str, float, int, int]] = []
         self._unsent_tags: dict[str, str] = {}
@@ -167,7 +168,7 @@ class Run:
                 self._tags[note.TAG] = note.describe(self._tags, self._params, {}, "RUNNING")
                 found = self._made_before(store, experiment) if again else None
                 run = found or store.create_run(experiment, tags=_shown_tags(self._tags), run_name=self.name)
-                self._begun(uri, run.info.run_id)
+                self._begun(uri, run)
                 if shown:
                     params = [mlflow.entities.Param(k, v) for k, v in shown.items()]
                     store.log_batch(self.run_id, params=params)
@@ -181,8 +182,10 @@ class Run:
         return next((run for run in store.search_runs([experiment], query)
                      if _same_process(run.data.tags, self._tags)), None)
 
-    def _begun(self, uri: str, run_id: str) -> None:
-        self._uri, self.run_id, self.status = uri, run_id, "RUNNING"
+    def _begun(self, uri: str, run: Any) -> None:
+        self._uri, self.run_id, self.status = uri, run.info.run_id, "RUNNING"
+        location = run.info.artifact_uri.removeprefix("file://")
+        self._artifacts = Path(location) if location.startswith("/") else None
 
     def _continue(self, store: Any, shown: dict[str, str], again: bool) -> None:
         entities, exceptions = load_mlflow().entities, load_mlflow().exceptions
@@ -206,7 +209,7 @@ class Run:
         store.log_batch(self.run_id, params=[entities.Param(k, v) for k, v in new.items()],
                         tags=[entities.RunTag(k, v) for k, v in _shown_tags(self._tags).items()])
         store.update_run(self.run_id, status="RUNNING")
-        self._begun(self.settings.resolved_uri, self.run_id)
+        self._begun(self.settings.resolved_uri, old)
 
     def _record_context(self) -> None:
         self.text("environment.json", json.dumps(context.environment(), indent=1))
@@ -408,7 +411,7 @@ class Run:
         self._sender.put(operation)
 
     def _sending(self) -> Callable[[sender.Operation], None]:
-        return partial(_send, self._uri, self.run_id)
+        return partial(_send, self._uri, self.run_id, self._artifacts)
 
     def _at_home(self) -> None:
         """On first use in a forked process: leave the parent its buffer, open a connection of our own."""
@@ -435,8 +438,8 @@ class Run:
                 "_unsent": [], "_unsent_tags": {}}
 
 
-def _send(uri: str, run_id: str, operation: sender.Operation) -> None:
-    sender.apply(client(uri), run_id, operation)
+def _send(uri: str, run_id: str, artifacts: Path | None, operation: sender.Operation) -> None:
+    sender.apply(client(uri), run_id, operation, artifacts)
 
 
 def _same_process(one: Mapping[str, str], other: Mapping[str, str]) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 import weakref
@@ -55,9 +56,11 @@ def status(value: str, end_time: int) -> Operation:
     return {"do": "status", "status": value, "end_time": end_time}
 
 
-def apply(client: MlflowClient, run_id: str, operation: Operation) -> None:
+def apply(client: MlflowClient, run_id: str, operation: Operation, artifacts: Path | None = None) -> None:
     """Carry out one operation.
 
+    Args:
+        artifacts: the run's folder of artifacts, if it is on this machine: files are copied there without asking.
     Raises:
         Rejected: the store refused it for good.
         OSError: the store cannot be reached, or has no space; worth another try.
@@ -74,6 +77,11 @@ def apply(client: MlflowClient, run_id: str, operation: Operation) -> None:
         elif operation["do"] == "artifact":
             if not Path(operation["path"]).is_file():
                 raise Rejected(f"{operation['path']} is gone")
+            if artifacts is not None:
+                folder = artifacts / (operation["folder"] or "")
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(operation["path"], folder)
+                return
             client.log_artifact(run_id, operation["path"], operation["folder"])
         else:
             client.set_terminated(run_id, operation["status"], operation["end_time"])
