@@ -32,6 +32,7 @@ from onward.data.spec import DataSpec
 from onward.engine import Engine
 from onward.errors import ConfigError, Unsupported
 from onward.hardware.base import Hardware
+from onward.metrics import window_length
 from onward.model.base import Stack
 from onward.model.measured import measured, unmeasurable
 from onward.module import ExperimentModule
@@ -185,7 +186,7 @@ def tracked(cfg: DictConfig, parts: Parts, overrides: list[str], choices: dict[s
     with begin(cfg, parts, overrides, choices, run_dir, parent_id, resumed) as run:
         value, results = fit(cfg, parts, run, run_dir, choices, {**identity, "run_id": run.run_id},
                              resumed.checkpoint if resumed else None)
-        if TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs).plots == "always" or show is not None:
+        if run.settings.plots == "always" or show is not None:
             run.plot()
         if show is not None:
             show(run, parts.spec.task, sum(p.numel() for p in parts.model.parameters()), results)
@@ -238,7 +239,7 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     """
     settings, task, runtime = parts.settings, parts.spec.task, parts.hardware.runtime
     module = ExperimentModule(parts.engine, log=run.log, probes=parts.probes, max_steps=settings.max_steps,
-                              window=max(10, parts.total_steps // 200), identity=identity)
+                              window=window_length(parts.total_steps), identity=identity)
     metric, mode = f"val/{task.metric}", "max" if task.maximise else "min"
     saver, *others = savers(run_dir / "checkpoints", metric, mode)
     callbacks: list[Any] = [Progress(settings.progress, metric, parts.total_steps)]

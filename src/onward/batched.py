@@ -20,7 +20,7 @@ from onward.data.base import BatchLoader
 from onward.data.spec import Batch
 from onward.engine.batched import BatchedEngine, stack
 from onward.errors import Diverged, Unsupported
-from onward.metrics import Meters, Window, named, require_finite
+from onward.metrics import Meters, Window, named, require_finite, window_length
 from onward.tracking.run import Run
 
 log = logging.getLogger(__name__)
@@ -110,9 +110,11 @@ class _Training:
         self.task, self.settings = self.parts.spec.task, self.parts.settings
         self.engine = BatchedEngine([lane.parts.engine for lane in lanes])
         self.meters = [Meters(self.task, lane.parts.rule.has_logits) for lane in lanes]
-        self.window, self.every = Window(), max(10, self.parts.total_steps // 200)
+        self.window, self.every = Window(), window_length(self.parts.total_steps)
         self.best: list[float | None] = [None] * len(lanes)
         self.kept = {n: t.clone() for n, t in self.engine.state().items()}
+        self.means: list[dict[str, float]] = [{} for _ in lanes]
+        self.validated = False
         self.seconds = 0.0
         self.samples = 0
 
@@ -120,11 +122,14 @@ class _Training:
         began = time.perf_counter()
         for epoch in range(self.settings.max_epochs):
             done = self._epoch(epoch)
-            last = done or epoch + 1 == self.settings.max_epochs
-            if last or (epoch + 1) % self.settings.validate_every == 0:
+            if epoch == 0:
+                self._watch(first_epoch_over=True)
+            if (epoch + 1) % self.settings.validate_every == 0:
                 self._validate(epoch)
             if done:
                 break
+        if not self.validated:
+            self._validate(epoch)
         for name, value in self.engine.state().items():
             value.copy_(self.kept[name])
         tests = self._evaluate("test") if self.settings.test else [({}, "")] * len(self.lanes)
@@ -164,19 +169,30 @@ class _Training:
             return
         means = self.window.take()
         for k in self._alive():
-            self._guarded(k, named({n: v[k] for n, v in means.items()}))
+            self.means[k] = named({n: v[k] for n, v in means.items()})
+            self._log(k, self.means[k])
+        self._watch()
+
+    def _watch(self, first_epoch_over: bool = False) -> None:
+        for k in self._alive():
+            with self._guarded(k):
+                self.lanes[k].parts.rule.watch(self.means[k], first_epoch_over=first_epoch_over)
 
     def _alive(self) -> list[int]:
         return [k for k in range(len(self.lanes)) if k not in self.failed]
 
-    def _guarded(self, k: int, values: dict[str, float]) -> None:
-        step = self.engine.step_index
+    @contextmanager
+    def _guarded(self, k: int) -> Iterator[None]:
+        """A lane that diverges inside is left out from then on."""
         try:
-            require_finite(values, step)
+            yield
         except Diverged as error:
             self.failed[k] = error
-            return
-        self.runs[k].log(values, step)
+
+    def _log(self, k: int, values: dict[str, float]) -> None:
+        with self._guarded(k):
+            require_finite(values, self.engine.step_index)
+            self.runs[k].log(values, self.engine.step_index)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -191,13 +207,14 @@ class _Training:
         return [(meter.finish(split), meter.primary) for meter in self.meters]
 
     def _validate(self, epoch: int) -> None:
+        self.validated = True
         found, key = self._evaluate("val"), f"val/{self.task.metric}"
         spent = {"seconds": round(self.seconds / len(self.lanes), 4), "samples": float(self.samples),
                  "epoch": float(epoch + 1)}
         better = []
         for k in self._alive():
             metrics, _ = found[k]
-            self._guarded(k, {**metrics, **spent})
+            self._log(k, {**metrics, **spent})
             value, best = metrics[key], self.best[k]
             if k not in self.failed and (best is None or (value > best if self.task.maximise else value < best)):
                 self.best[k] = value
@@ -216,6 +233,8 @@ class _Training:
                  "memory/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0},
                 self.engine.step_index)
         run.set_tags({"readout": readout})
+        if run.settings.plots == "always":
+            run.plot()
         return Outcome("FINISHED", run.run_id, metric, self.task.maximise, self.best[k], run.metrics())
 
     def _save(self, lane: Lane, run: Run, engine) -> None:

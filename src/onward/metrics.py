@@ -13,6 +13,11 @@ from onward.data.task import Task
 from onward.errors import Diverged
 
 
+def window_length(total_steps: int) -> int:
+    """Updates whose mean is one point of a curve: about 200 points a run, none of fewer than ten updates."""
+    return max(10, total_steps // 200)
+
+
 class Window:
     """Sums of what updates report, kept as tensors: adding to them costs no synchronisation."""
 

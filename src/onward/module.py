@@ -50,6 +50,7 @@ class ExperimentModule(pl.LightningModule):
         self.identity = identity or {}
         self.train_seconds = 0.0
         self.samples = 0
+        self.epoch = 0
         self.results: dict[str, float] = {}
         self._window = Window()
         self._means: dict[str, float] = {}
@@ -75,6 +76,7 @@ class ExperimentModule(pl.LightningModule):
         loader = self.trainer.train_dataloader
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.current_epoch)
+        self.epoch = self.current_epoch + 1  # Lightning counts on when fit ends, before a validation after it
         self._resumed_at = time.perf_counter()
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int):
@@ -143,7 +145,7 @@ class ExperimentModule(pl.LightningModule):
         metrics = self._finish_evaluation("val")
         self._flush()
         spent = {"seconds": round(self.train_seconds, 4), "samples": float(self.samples)}
-        self.log_metrics({**metrics, **spent, "epoch": float(self.current_epoch + 1)}, self.engine.step_index)
+        self.log_metrics({**metrics, **spent, "epoch": float(self.epoch)}, self.engine.step_index)
         key = f"val/{self.engine.task.metric}"
         value = metrics[key]
         require_finite({key: value}, self.engine.step_index)

@@ -49,6 +49,28 @@ def test_one_that_diverges_ends_failed_and_the_others_go_on(tmp_path, monkeypatc
     assert results[0].metrics["test/accuracy"] != results[2].metrics["test/accuracy"]
 
 
+@pytest.mark.parametrize("schedule", [["trainer.validate_every=2", "trainer.max_epochs=3"],
+                                      ["trainer.validate_every=2", "trainer.max_epochs=3", "trainer.max_steps=9"],
+                                      ["trainer.validate_every=3", "trainer.max_epochs=3", "trainer.max_steps=9"]],
+                         ids=["between", "stopped", "never"])
+def test_validation_selects_at_the_epochs_it_does_alone(schedule, tmp_path, monkeypatch):
+    jobs = [["seed=0"], ["seed=1"]]
+    alone = sweep(tmp_path / "alone", monkeypatch, jobs, "algo=backprop", *schedule)
+    together = sweep(tmp_path / "together", monkeypatch, jobs, "algo=backprop", "sweep.batched=true", *schedule)
+    for a, b in zip(alone, together, strict=True):
+        for name in ("epoch", "samples", "best/val/accuracy", "val/accuracy", "test/accuracy"):
+            assert a.metrics.get(name) == pytest.approx(b.metrics.get(name), abs=2.6e-3), name
+
+
+def test_one_whose_blocks_fall_silent_ends_failed_and_says_what_to_change(tmp_path, monkeypatch):
+    jobs = [["seed=0", "optimizer.lr=1e-2"], ["seed=0", "optimizer.lr=30"]]
+    settings = ["algo=forward_forward", "optimizer=sgd"]
+    alone = sweep(tmp_path / "alone", monkeypatch, jobs, *settings)
+    together = sweep(tmp_path / "together", monkeypatch, jobs, *settings, "sweep.batched=true")
+    assert [r.status for r in alone] == [r.status for r in together] == [FINISHED, FAILED]
+    assert together[1].diverged and together[1].reason == alone[1].reason
+
+
 @pytest.mark.parametrize(("override", "reason"), [
     ("model.dropout=0.5", "dropout draws its masks from one stream"), ("hardware=int8", "number formats"),
     ("trainer.patience=1", "trainer.patience"), ("model.norm=batch", "batch normalisation")])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +43,8 @@ class BatchedEngine:
                            for n, _ in self._pair.named_parameters()}
         self.buffers = {n: torch.stack([dict(p.named_buffers())[n] for p in pairs])
                         for n, _ in self._pair.named_buffers()}
-        self._names = self._group_names()
-        self._chains = self._make_chains()
-        self._lane = _Lane(first, [e.seed for e in engines], self)
+        self._updates = _LaneUpdates(self._chains(), self.size)
+        self._lane = _Lane(first, [e.seed for e in engines], self._updates)
         self._losses = torch.zeros(self.size, first.depth)
 
     def _group_names(self) -> dict[str, list[str]]:
@@ -56,9 +53,9 @@ class BatchedEngine:
         of = {id(p): n for n, p in self._pair.named_parameters()}
         return {g: [of[id(p)] for p in params] for g, params in first.updates.groups.items()}
 
-    def _make_chains(self) -> list[tuple[slice, UpdateChain]]:
+    def _chains(self) -> list[tuple[slice, UpdateChain]]:
         """One chain for every run of lanes with the same rate."""
-        names, chains, start = self._names, [], 0
+        names, chains, start = self._group_names(), [], 0
         rates = [_rate(e) for e in self.engines]
         for stop in range(1, self.size + 1):
             if stop < self.size and rates[stop] == rates[start]:
@@ -85,28 +82,12 @@ class BatchedEngine:
             one = Batch(**tensors, rows=batch.rows, total=batch.total)
             return functional_call(self._pair, {**parameters, **buffers}, (lane, one, "step"))
 
-        for _, chain in self._chains:
-            chain.begin_step(self.step_index)
+        self._updates.begin_step(self.step_index)
         with torch.no_grad():
             metrics = vmap(step, randomness="same")(self.parameters, self.buffers, tensors, self._losses)
-        for _, chain in self._chains:
-            chain.end_step()
+        self._updates.end_step()
         self.step_index += 1
         return metrics
-
-    def take(self, group: str, grads: Sequence[Tensor | None]) -> None:
-        """Stacked gradients of one group, to each lane's optimizer."""
-        for lanes, chain in self._chains:
-            chain.take(group, [None if g is None else g[lanes] for g in grads])
-
-    def names(self, group: str) -> list[str]:
-        """Names of the parameters of an update group."""
-        return self._names[group]
-
-    def write_delta(self, group: str, deltas: Sequence[Tensor | None]) -> None:
-        """Stacked deltas of one group, written at once."""
-        for lanes, chain in self._chains:
-            chain.write_delta(group, [None if d is None else d[lanes] for d in deltas])
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Scores of every lane on the same samples, by readout, (K, B, outputs)."""
@@ -121,7 +102,7 @@ class BatchedEngine:
     # ------------------------------------------------------------------ lanes as engines
 
     def write_back(self, k: int) -> Engine:
-        """Lane k's engine with the parameters, buffers and optimizer state it has reached."""
+        """Lane k's engine with the parameters and buffers it has reached; its optimizer stays as it was."""
         engine = self.engines[k]
         pair = _Pair(engine.model, engine.rule)
         with torch.no_grad():
@@ -188,15 +169,48 @@ class _LaneChain(UpdateChain):
                 p.grad.mul_(factor.view(-1, *[1] * (p.dim() - 1)))
 
 
+class _LaneUpdates:
+    """The update chain as a lane's engine sees it: what is handed over inside vmap leaves it stacked, at once.
+
+    chains: lanes that share a learning rate, and the chain of their stacked parameters.
+    """
+
+    def __init__(self, chains: Sequence[tuple[slice, UpdateChain]], size: int):
+        self.chains, self.size = list(chains), size
+        self.total_steps = self.chains[0][1].total_steps
+
+    def begin_step(self, step: int) -> None:
+        for _, chain in self.chains:
+            chain.begin_step(step)
+
+    def end_step(self) -> None:
+        for _, chain in self.chains:
+            chain.end_step()
+
+    def take(self, group: str, grads: Sequence[Tensor | None]) -> None:
+        stacked = self._stacked(grads)
+        for lanes, chain in self.chains:
+            chain.take(group, [None if g is None else g[lanes] for g in stacked])
+
+    def write_delta(self, group: str, deltas: Sequence[Tensor | None]) -> None:
+        stacked = self._stacked(deltas)
+        for lanes, chain in self.chains:
+            chain.write_delta(group, [None if d is None else d[lanes] for d in stacked])
+
+    def _stacked(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if v is None else _stacked(v, self.size) for v in values]
+
+
 class _Lane(Engine):
     """What the rule meets inside vmap: an engine whose parameters are one lane's."""
 
-    def __init__(self, first: Engine, seeds: Sequence[int], together: BatchedEngine):
+    def __init__(self, first: Engine, seeds: Sequence[int], updates: _LaneUpdates):
         self.rule, self.model, self.spec, self.task = first.rule, first.model, first.spec, first.task
         self.hardware, self.units, self.depth = first.hardware, first.units, first.depth
         self._closed, self.fixed_error = first._closed, None
-        self.updates = SimpleNamespace(total_steps=first.updates.total_steps)
-        self.seeds, self._together = list(seeds), together
+        self._own, self._local = first._own, first._local  # how many gradients a unit is given
+        self.updates = updates
+        self.seeds = list(seeds)
         self.ledger: Counter[str] = Counter()
         self.step_index = first.step_index
         self.block_losses = torch.zeros(first.depth)
@@ -221,23 +235,6 @@ class _Lane(Engine):
 
     def parameters_of(self, i):
         return list(self.units[i].parameters())
-
-    def average(self, value):
-        return value
-
-    def update(self, i, grads):
-        if grads:
-            self._hand_over(self._together.take, self.group(i), grads)
-
-    def update_shared(self, grads):
-        self._hand_over(self._together.take, "shared", grads)
-
-    def apply_delta(self, i, deltas):
-        self._hand_over(self._together.write_delta, self.group(i), deltas)
-
-    def _hand_over(self, receive, group: str, values: Sequence[Tensor | None]) -> None:
-        missing = len(self._together.names(group)) - len(values)
-        receive(group, [None if v is None else _stacked(v, len(self.seeds)) for v in [*values, *[None] * missing]])
 
     def record(self, i: int, h: Tensor, context: Graph | None = None) -> Tape:
         if self._closed[i]:
@@ -282,11 +279,6 @@ class _Lane(Engine):
 
         (dh, grads), value = torch.func.grad_and_value(loss, argnums=(0, 1))(h, tuple(call.parameters()))
         return value, dh, list(grads)
-
-    @contextmanager
-    def inference(self):
-        with super().inference():
-            yield self
 
 
 class _Call(nn.Module):

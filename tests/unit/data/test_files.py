@@ -125,7 +125,7 @@ def test_root_that_is_no_folder(look_up):
     (gzip.compress(CONTENT[:-4]), "is truncated: 996 bytes of content instead of 1,000"),
     (CONTENT + b"5", "is longer than the published one: 1,001 bytes"),
     (CONTENT.replace(b"2", b"7", 1), "is not the published file: sha256 "),
-])
+], ids=["cut_gzip", "broken_gzip", "cut", "cut_before_gzip", "longer", "altered"])  # gzip writes the time
 def test_damaged_file_is_named(look_up, content, said):
     path = look_up["root"] / "table.txt"
     path.write_bytes(content)
