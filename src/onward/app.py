@@ -35,7 +35,7 @@ from onward.hardware.base import Hardware
 from onward.metrics import window_length
 from onward.model.base import Stack
 from onward.model.measured import measured, unmeasurable
-from onward.module import ExperimentModule
+from onward.module import ExperimentModule, NoProfiler
 from onward.parallel import Replicated
 from onward.progress import Progress
 from onward.report import run_table
@@ -350,7 +350,7 @@ def make_trainer(parts: Parts, callbacks: list, run_dir: Path, alone: bool = Fal
         max_epochs=settings.max_epochs, max_steps=-1, check_val_every_n_epoch=settings.validate_every,
         callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), num_sanity_val_steps=0,
-        use_distributed_sampler=False, default_root_dir=str(run_dir),
+        use_distributed_sampler=False, default_root_dir=str(run_dir), profiler=NoProfiler(),
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.profilers import Profiler
 from torch import Tensor, nn
 
 from onward.data.spec import Batch
@@ -27,6 +30,19 @@ class Tick(torch.optim.Optimizer):
         return None
 
     step.hooked = True  # torch would wrap it into a profiler record, which costs more than the rest of the step
+
+
+class NoProfiler(Profiler):
+    """Lightning's default enters a generator around every hook, forty a step, to measure nothing."""
+
+    _nothing = nullcontext()
+
+    def profile(self, action_name: str):
+        return self._nothing
+
+    def start(self, action_name: str) -> None: ...
+
+    def stop(self, action_name: str) -> None: ...
 
 
 class ExperimentModule(pl.LightningModule):
@@ -57,8 +73,8 @@ class ExperimentModule(pl.LightningModule):
         self._meters = Meters(engine.task, self.rule.has_logits)
 
     def __setattr__(self, name, value):
-        # Lightning sets this one twice around every hook; Module's search for parameters is wasted on it
-        if name == "_current_fx_name":
+        # set at every step, the first twice around every hook: Module's search for parameters is wasted on them
+        if name in ("_current_fx_name", "samples"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -93,6 +109,9 @@ class ExperimentModule(pl.LightningModule):
                 self.trainer.should_stop = True
                 break
         self._tick.step()
+
+    # Lightning asks for the signature at every step, and inspect takes long to make one up
+    training_step.__signature__ = inspect.signature(training_step)
 
     def _probe(self, probe: Probe, batch: Batch) -> None:
         started = time.perf_counter()

@@ -259,15 +259,7 @@ class _Lane(Engine):
         return torch.func.jvp(output, (own, h), (moved, torch.zeros_like(h) if dh is None else dh))
 
     def backward(self, batch):
-        tapes, h = [], batch.x
-        for i in range(self.depth + 1):
-            tapes.append(self.record(i, h, batch.context))
-            h = tapes[-1].output
-        loss, cotangent = self.loss_and_error(h, batch)
-        grads: list[list[Tensor | None]] = [[] for _ in tapes]
-        for i in reversed(range(self.depth + 1)):
-            grads[i], cotangent = tapes[i].vjp(cotangent, inputs=i > 0)
-        return loss, grads
+        return self._backward_by_units(batch)
 
     def objective(self, i, h, loss_fn):
         module = self.rule.local_module(i)

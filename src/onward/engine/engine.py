@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from onward.data.spec import Batch, DataSpec, Graph
+from onward.engine.ledger import kept
 from onward.engine.locality import foreign_parameters
 from onward.engine.schedule import Schedule
 from onward.engine.tape import AutogradTape, DenseTape, Tape, has_closed_form
@@ -245,11 +246,26 @@ class Engine:
 
     def backward(self, batch: Batch) -> tuple[Tensor, list[list[Tensor | None]]]:
         """The task's mean loss and its exact gradient by reverse mode through the whole stack, unit by unit."""
-        with torch.enable_grad():
-            scores = self.forward(batch)
-        loss, error = self.loss_and_error(scores, batch)
-        flat = iter(torch.autograd.grad(scores, [p for own in self._own for p in own], error, allow_unused=True))
-        return loss, [[next(flat) for _ in own] for own in self._own]
+        if not all(self._closed):
+            with torch.enable_grad():
+                scores = self.forward(batch)
+            loss, error = self.loss_and_error(scores, batch)
+            flat = iter(torch.autograd.grad(scores, [p for own in self._own for p in own], error, allow_unused=True))
+            return loss, [[next(flat) for _ in own] for own in self._own]
+        return self._backward_by_units(batch)
+
+    def _backward_by_units(self, batch: Batch) -> tuple[Tensor, list[list[Tensor | None]]]:
+        tapes, h = [], batch.x
+        for i in range(self.depth + 1):
+            tapes.append(self.record(i, h, batch.context))
+            h = tapes[-1].output
+        counted = kept(tape.x for tape in tapes)
+        loss, cotangent = self.loss_and_error(h, batch)
+        grads: list[list[Tensor | None]] = [[] for _ in tapes]
+        for i in reversed(range(self.depth + 1)):
+            grads[i], cotangent = tapes.pop().vjp(cotangent, inputs=i > 0)
+        del counted
+        return loss, grads
 
     def objective(self, i: int, h: Tensor, loss_fn: Callable[[Tensor], Tensor],
                   ) -> tuple[Tensor, Tensor, list[Tensor]]:

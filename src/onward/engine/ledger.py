@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -76,7 +76,12 @@ class Flops(TorchDispatchMode):
 
 
 class SavedBytes:
-    """Peak bytes held for a backward pass while active; parameters do not count, shared storages once."""
+    """Peak bytes held for a backward pass while active; parameters do not count, shared storages once.
+
+    Counted are what autograd keeps, and what a pass in closed form says it keeps (:func:`kept`).
+    """
+
+    active: ClassVar[SavedBytes | None] = None
 
     def __init__(self, parameters: Iterable[Tensor]):
         self._exempt = {p.untyped_storage()._cdata for p in parameters}
@@ -108,14 +113,21 @@ class SavedBytes:
 
     def __enter__(self):
         self._hooks.__enter__()
+        SavedBytes.active = self
         return self
 
     def __exit__(self, *exc):
+        SavedBytes.active = None
         return self._hooks.__exit__(*exc)
 
 
+def kept(tensors: Iterable[Tensor]) -> list | None:
+    """Handles that count tensors as held for a backward pass, for as long as they live; None if nobody counts."""
+    return [SavedBytes.active._pack(t)[1] for t in tensors] if SavedBytes.active is not None else None
+
+
 class _Handle:
-    """Lives exactly as long as autograd keeps the packed tensor."""
+    """Lives exactly as long as the packed tensor is kept."""
 
     def __init__(self, meter: SavedBytes, key: int, size: int):
         self.meter, self.key, self.size = meter, key, size

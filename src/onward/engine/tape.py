@@ -18,6 +18,9 @@ _BACKWARD_FROM_OUTPUT = {
     # forward ReLU, backward identity (Hinton's Matlab code): see model.base.FullGradientReLU
     "relu_full": lambda g, h: g,
 }
+# No pull-back here looks at the pre-activation: the output takes its place.
+_IN_PLACE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_, "identity": lambda z: z,
+             "relu_full": torch.relu_}
 
 
 def has_closed_form(unit: nn.Module) -> bool:
@@ -55,8 +58,8 @@ class DenseTape(Tape):
 
     def affine(self) -> Tensor:
         """``act(x W^T + b)``."""
-        z = self.unit.linear(self.x)
-        return self.unit.act(z) if isinstance(self.unit, Dense) else z
+        linear = self.unit.linear
+        return _IN_PLACE[self.name](nn.functional.linear(self.x, linear.weight, linear.bias))
 
     def push(self, dz: Tensor) -> Tensor:
         """``act'(z) dz``: every closed form here has a diagonal Jacobian, so push and pull are the same."""
