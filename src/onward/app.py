@@ -275,8 +275,8 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
         evaluator.test(module, RankedLoader(parts.data, "test", seed, 1), verbose=False)
         results |= {k: v for k, v in module.results.items() if k.startswith("test/")}
     results |= {
-        "seconds": round(module.train_seconds, 2),
-        "seconds/total": round(time.perf_counter() - started, 2),
+        "seconds": round(module.train_seconds, 4),
+        "seconds/total": round(time.perf_counter() - started, 4),
         "memory/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
     }
     run.log(results, parts.engine.step_index)

@@ -228,8 +228,8 @@ class _Training:
         if self.settings.checkpoint:
             self._save(lane, run, engine)
         share = len(self.lanes)
-        run.log({f"best/{metric}": self.best[k], **tested, "seconds": round(self.seconds / share, 3),
-                 "seconds/total": round(total / share, 3),
+        run.log({f"best/{metric}": self.best[k], **tested, "seconds": round(self.seconds / share, 4),
+                 "seconds/total": round(total / share, 4),
                  "memory/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0},
                 self.engine.step_index)
         run.set_tags({"readout": readout})

@@ -152,9 +152,14 @@ def profile(costs: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     ``rho_rule(tau)`` is the share of problems with a ratio of at most tau, see :func:`share`.
     """
     best = [min(column) for column in zip(*costs.values(), strict=True)]
-    return {rule: sorted(cost / least if math.isfinite(cost) else math.inf
-                         for cost, least in zip(row, best, strict=True) if math.isfinite(least))
+    return {rule: sorted(_ratio(cost, least) for cost, least in zip(row, best, strict=True) if math.isfinite(least))
             for rule, row in costs.items()}
+
+
+def _ratio(cost: float, least: float) -> float:
+    if cost == least:  # also where a clock saw no time pass
+        return 1.0
+    return cost / least if least and math.isfinite(cost) else math.inf
 
 
 def share(ratios: Sequence[float], tau: float) -> float:

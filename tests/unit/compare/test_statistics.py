@@ -84,6 +84,12 @@ def test_profiles_are_dolan_and_mores():
     assert (profile_score(ratios["a"]), profile_score(ratios["c"])) == pytest.approx((5 / 6, 0.5))
 
 
+def test_profile_of_a_cost_of_nothing():
+    """A rule that reached the target at once is the best; no factor makes up for taking longer."""
+    assert profile({"a": [0.0, 1.0], "b": [0.0, 2.0], "c": [1.0, math.inf]}) == {
+        "a": [1.0, 1.0], "b": [1.0, 2.0], "c": [math.inf, math.inf]}
+
+
 def test_ranks_and_friedman_of_one_order_everywhere():
     found = ranking({"best": [0.9, 0.8, 0.7, 0.6], "middle": [0.8, 0.7, 0.6, 0.5], "last": [0.1, 0.2, 0.3, 0.4]})
     assert found.ranks == {"best": 1.0, "middle": 2.0, "last": 3.0} and found.problems == 4
