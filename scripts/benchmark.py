@@ -30,6 +30,7 @@ from onward.algo.forward_only.mono_forward import MonoForward
 from onward.algo.perturbation.forward_gradient import ForwardGradient
 from onward.algo.perturbation.zeroth_order import ZerothOrder
 from onward.algo.reference.backprop import Backprop
+from onward.allocator import keep_freed_memory
 from onward.data.base import BatchLoader, Split
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
@@ -588,6 +589,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the tables as a page")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every run does: bare loops share it
     table = Table()
     for name in args.only or TABLES:
         TABLES[name](table, args.rounds)

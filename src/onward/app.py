@@ -24,6 +24,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.trainer.connectors import callback_connector
 
 from onward.algo.base import Rule
+from onward.allocator import keep_freed_memory
 from onward.checkpoint import Resumed, read_checkpoint, resume_config
 from onward.config import TrainerSettings, build, config_hash
 from onward.data.base import DataSet
@@ -76,6 +77,7 @@ def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
     Raises:
         ConfigError, DataError, Unsupported: with the key, the value and what would be valid.
     """
+    keep_freed_memory()
     settings = TrainerSettings.from_config(cfg.trainer)
     hardware = build(cfg.hardware, key="hardware")
     if hardware.runtime.accelerator == "gpu" and not torch.cuda.is_available():
