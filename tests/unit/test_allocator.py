@@ -27,4 +27,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_a_step_reuses_what_the_last_one_freed():
     faults = {how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True,
                                       check=True).stdout) for how in ("kept", "default")}
-    assert faults["kept"] < 200 < 2000 < faults["default"], faults
+    assert 4 * faults["kept"] < faults["default"], faults
