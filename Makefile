@@ -30,7 +30,7 @@ lint: $(VENV)/.tests
 ui: $(VENV)/.runs
 	$(BIN)/python scripts/ui.py $(ARGS)
 
-docs: $(VENV)/.runs
+docs: $(VENV)/.tests
 	$(BIN)/python scripts/docs.py $(ARGS)
 
 benchmark: $(VENV)/.runs

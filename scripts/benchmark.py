@@ -1,7 +1,8 @@
 """Speed and memory of the platform, side by side with bare PyTorch loops of the same rules.
 
     python scripts/benchmark.py                 # every table
-    python scripts/benchmark.py --only step     # one of: step, rules, memory, loader, readout, tracking, batched, cli
+    python scripts/benchmark.py --only step     # one of: step, sparsity, rules, memory, strategies, loader,
+                                                #   readout, tracking, batched, cli
     python scripts/benchmark.py --rounds 3 --markdown docs/benchmark.md
 
 Every figure is a ratio of process CPU times on one thread: variants are interleaved, and the median over
@@ -129,6 +130,28 @@ class BareForwardForwardAutograd(BareForwardForward):
             optimizer.step()
             optimizer.zero_grad()
             h = out.detach()
+        return loss
+
+
+class BareForwardForwardApart(BareForwardForward):
+    """As public scripts write it: positives and negatives pass every layer apart, and autograd does the rest."""
+
+    def step(self, x, y):
+        wrong = (y + torch.randint(1, 10, (len(x),), generator=self.generator)) % 10
+        good, bad = x.flatten(1).clone(), x.flatten(1).clone()
+        good[:, :10], bad[:, :10] = F.one_hot(y, 10).float(), F.one_hot(wrong, 10).float()
+
+        def through(layer, h):
+            return F.relu(layer(h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) / h.shape[1] ** 0.5 + 1e-8)))
+
+        for layer, optimizer in zip(self.layers, self.optimizers, strict=True):
+            after = through(layer, good), through(layer, bad)
+            up, down = (10.0 * (h.square().mean(1) - 1.0) for h in after)
+            loss = F.softplus(torch.cat([-up, down])).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            good, bad = (h.detach() for h in after)
         return loss
 
 
@@ -452,7 +475,15 @@ def peak_bytes(make: Callable, depth: int, optimizer=sgd) -> int:
     return live.peak
 
 
+class Inference(Backprop):
+    """A forward pass and its loss, without an update: what zeroth_order's memory is measured against."""
+
+    def step(self, engine, batch):
+        return {"loss": engine.loss(engine.forward(batch), batch)}
+
+
 MEMORY = {
+    "inference": Inference,
     "backprop": Backprop,
     "direct_feedback_alignment": DirectFeedbackAlignment,
     "forward_forward": lambda: ForwardForward(goodness="mean_squares", logit_scale=10.0),
@@ -470,6 +501,7 @@ def table_memory(t: Table, rounds: int) -> None:
         at64[name] = peaks[-1]
         constant = "" if name in ("backprop", "direct_feedback_alignment") else "equal"
         t.row(name, " / ".join(f"{p / 1024:.0f}" for p in peaks), constant)
+    t.row("zeroth_order / inference at depth 64", f"{at64['zeroth_order'] / at64['inference']:.2f}", "<= 1.05")
     t.row("backprop / mono_forward at depth 64", f"{at64['backprop'] / at64['mono_forward']:.1f}", ">= 20")
     t.row("backprop / forward_forward at depth 64", f"{at64['backprop'] / at64['forward_forward']:.1f}", ">= 10")
 
@@ -573,13 +605,27 @@ def table_batched(t: Table, rounds: int) -> None:
     before = WIDTHS
     table_batched(t, rounds, {
         "backprop": BareBackprop, "mono_forward": BareMonoForward,
-        "forward_forward, closed form; bare loop with autograd": BareForwardForwardAutograd,
+        "forward_forward, closed form; bare loop as public scripts write it": BareForwardForwardApart,
+        "forward_forward, closed form; bare loop with autograd, one batch": BareForwardForwardAutograd,
         "forward_forward, closed form; bare loop in closed form": BareForwardForward}, set_widths)
     set_widths(before)
 
 
-TABLES = {"step": table_step, "rules": table_rules, "memory": table_memory, "loader": table_loader,
-          "readout": table_readout, "tracking": table_tracking, "batched": table_batched, "cli": table_cli}
+def table_strategies(t: Table, rounds: int) -> None:
+    from benchmark_strategies import table_strategies
+
+    table_strategies(t)
+
+
+def table_sparsity(t: Table, rounds: int) -> None:
+    from benchmark_sparsity import table_sparsity
+
+    table_sparsity(t, rounds)
+
+
+TABLES = {"step": table_step, "sparsity": table_sparsity, "rules": table_rules, "memory": table_memory,
+          "strategies": table_strategies, "loader": table_loader, "readout": table_readout, "tracking": table_tracking,
+          "batched": table_batched, "cli": table_cli}
 
 
 def main() -> None:

@@ -6,16 +6,21 @@
 Everything stated is measured or read here: the audit runs, one update is metered, every model and data
 layout is tried, and reported and obtained figures come from conf/experiment/. Pages depend on the checkout
 and the pinned packages alone; no time or path of this machine is in them. docs/benchmark.md, which has
-times, is written by scripts/benchmark.py and kept.
+times, is written by scripts/benchmark.py and kept, and docs/scaling_laws.md by scripts/scaling_laws.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import inspect
 import json
+import pkgutil
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +28,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+import onward.hardware
 from onward.algo import base
 from onward.catalogue import config_dir, header, options, summary
 from onward.data.spec import Batch, DataSpec
@@ -37,7 +43,7 @@ from onward.samples import FAMILIES, composed, family, model, optimizer, rule
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "one update of an MLP 64-128-128-128-10 at batch 64, with the rule's own optimizer"
-KEPT = {"benchmark.md", "compare.md", "server.md", "sweeps.md"}
+KEPT = {"benchmark.md", "compare.md", "hardware_matrix.md", "scaling_laws.md", "server.md", "sweeps.md"}
 KEPT_FOLDER = "comparison/"  # an example that scripts/compare.py wrote
 NOT_RUN = "not run yet"
 
@@ -61,9 +67,21 @@ def reference_engine(name: str, depth: int = 3, width: int = 128) -> tuple[Engin
     return Engine(learner, stack, spec, optimizer(name), total_steps=10), batch
 
 
+@contextmanager
+def collected() -> Iterator[None]:
+    """No garbage is collected inside, so that what lives there does not depend on when."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @lru_cache
 def cost(name: str) -> dict[str, float]:
-    return step_cost(*reference_engine(name))
+    with collected():
+        return step_cost(*reference_engine(name))
 
 
 def peak(name: str, depth: int) -> int:
@@ -71,7 +89,7 @@ def peak(name: str, depth: int) -> int:
     engine, batch = reference_engine(name, depth, 64)
     engine = Engine(engine.rule, engine.model, engine.spec, lambda p: torch.optim.SGD(p, lr=1e-3), total_steps=10)
     engine.train_step(batch)
-    with LiveBytes() as live:
+    with collected(), LiveBytes() as live:
         engine.train_step(batch)
     return live.peak
 
@@ -311,20 +329,43 @@ def group_page(title: str, group: str, text: str) -> str:
 def models_page() -> str:
     page = group_page("# Models", "model", "Sizes come from the data. A block is what a local rule may train alone.")
     rows = [[n, *("yes" if reads(n, f) else "" for f in FAMILIES)] for n in options("model")]
-    return "\n".join([page, "## Data they read", "", *table(["model", *FAMILIES], rows), ""])
+    schemes = group_page("## Fine-tuning schemes", "tuning", "What of a model exists as parameters and learns; "
+                         "`pretrained=` gives it another run's weights first.")
+    return "\n".join([page, "## Data they read", "", *table(["model", *FAMILIES], rows), "", schemes])
 
 
 def hardware_page() -> str:
-    kinds = [cls for cls in vars(formats).values() if inspect.isclass(cls) and cls is not formats.NumberFormat
-             and issubclass(cls, formats.NumberFormat)]
-    rows = [[f"`{cls.__name__}`", inspect.getdoc(cls).partition("\n\n")[0].replace("\n", " ").replace("|", "\\|"),
+    for module in pkgutil.iter_modules(onward.hardware.__path__):
+        importlib.import_module(f"onward.hardware.{module.name}")
+    kinds = sorted(_formats(formats.NumberFormat), key=lambda cls: (cls.__module__ != formats.__name__, cls.__name__))
+    rows = [[f"`{cls.__module__}.{cls.__name__}`",
+             inspect.getdoc(cls).partition("\n\n")[0].replace("\n", " ").replace("|", "\\|"),
              f"`{', '.join(inspect.signature(cls).parameters)}`"] for cls in kinds]
     return "\n".join([
-        group_page("# Hardware", "hardware", "Real devices through Lightning, and emulated arithmetic by tensor role: "
-                   "`hardware.numerics.<role>` is a format below, or null for exact."),
+        group_page("# Hardware", "hardware", "Real devices through Lightning, and emulated ones: a group each for "
+                   "where a run happens, its number formats by tensor role, its noise, what it keeps for the backward "
+                   "pass, and which weights take part. A setting that nothing in an update passes through is refused "
+                   "before the run, unless `hardware.strict=false`. What each does to eight rules: [rules on emulated "
+                   "hardware](hardware_matrix.md)."),
         group_page("## Real devices", "hardware/runtime", "The part of a device that runs: `hardware.runtime`."),
-        group_page("## Emulated arithmetic", "hardware/numerics", "The part that rounds: `hardware.numerics`."),
-        "## Formats", "", *table(["format", "", "arguments"], rows), ""])
+        *(group_page(f"## {title}", f"hardware/{group}", line) for group, title, line in HARDWARE_GROUPS),
+        "## Formats", "", "`hardware.numerics.<role>` is one of these, or null for exact.", "",
+        *table(["format", "", "arguments"], rows), ""])
+
+
+HARDWARE_GROUPS = (
+    ("numerics", "Number formats", "The part that rounds, by tensor role: `hardware.numerics`."),
+    ("noise", "Noise", "The part that is not exact: `hardware.noise`."),
+    ("memory", "Memory", "What is kept for the backward pass, and how: `hardware.memory`."),
+    ("sparsity", "Sparsity", "Which numbers take part in which pass: `hardware.sparsity`."),
+    ("device", "Devices", "Where an operation is done: `hardware.device`."),
+)
+
+
+def _formats(cls: type) -> list[type]:
+    """Every number format that is public."""
+    below = [found for child in cls.__subclasses__() for found in _formats(child)]
+    return [*([] if cls is formats.NumberFormat or cls.__name__.startswith("_") else [cls]), *below]
 
 
 def data_page() -> str:
@@ -333,7 +374,8 @@ def data_page() -> str:
     page = group_page("# Data", "data", "Three disjoint splits everywhere; nothing selects on test. Files are sought "
                       "in `data.root`, `ONWARD_DATA`, `/usr/share/datasets` and the user's cache, then downloaded "
                       "if `data.download=true`; hashes are of the decompressed content.")
-    rows = [[f"{data}: {f.name}", f"<{f.address}>", f"`{f.digest}`", f.terms]
+    rows = [[f"{data}: {f.name}", f"<{f.address}>" + (f" has {f.replaced}" if f.replaced else ""), f"`{f.digest}`",
+             f.terms]
             for data, files in FILES.items() for f in files.values()]
     return page + "\n".join(["", "## Published files", "", *table(["file", "address", "hash", "terms"], rows), ""])
 

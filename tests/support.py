@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -12,6 +13,7 @@ from onward.algo.base import Rule
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
 from onward.engine import Engine
+from onward.engine.batched import BatchedEngine, stack
 from onward.model.mlp import mlp
 from onward.seeds import derive, generator
 
@@ -85,3 +87,31 @@ def gradients(engine: Engine, batch: Batch) -> dict[str, list[Tensor]]:
     engine.train_step(batch)
     engine.updates.take = original
     return taken
+
+
+def compare_with_lanes(rule: Callable[[], Rule], model: Callable, steps: int = 3) -> None:
+    """Two trainings in one batched computation become what each becomes alone, in float64.
+
+    ``rule()`` and ``model(spec)`` make a fresh rule and a fresh stack on 8 x 8 images of 4 classes.
+    """
+    spec = DataSpec("images", "image", (1, 8, 8), Classification(4), 1, 1, 1, (0.0, 1.0))
+
+    def engine(seed: int) -> Engine:
+        torch.manual_seed(seed)
+        made = rule()
+        stack = made.setup(model(spec), spec).double()
+        return Engine(made.double(), stack, spec, sgd(0.05), seed=seed, total_steps=20)
+
+    alone, together = [engine(0), engine(1)], BatchedEngine([engine(0), engine(1)])
+    for step in range(steps):
+        source = torch.Generator().manual_seed(step)
+        given = [Batch(torch.rand(6, 1, 8, 8, generator=source, dtype=torch.float64),
+                       torch.randint(0, 4, (6,), generator=source), rows=slice(0, 6), total=6) for _ in alone]
+        together.train_step(stack(given))
+        for e, batch in zip(alone, given, strict=True):
+            e.train_step(batch)
+    for k, e in enumerate(alone):
+        found = together.write_back(k)
+        for a, b in ((found.model, e.model), (found.rule, e.rule)):
+            for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")

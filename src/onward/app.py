@@ -25,12 +25,15 @@ from pytorch_lightning.trainer.connectors import callback_connector
 
 from onward.algo.base import Rule
 from onward.allocator import keep_freed_memory
-from onward.checkpoint import Resumed, read_checkpoint, resume_config
+from onward.checkpoint import Resumed, load_pretrained, read_checkpoint, resume_config
 from onward.config import TrainerSettings, build, config_hash
 from onward.data.base import DataSet
 from onward.data.fingerprint import fingerprint
 from onward.data.spec import DataSpec
 from onward.engine import Engine
+from onward.engine.budget import refuse_excess_memory
+from onward.engine.fit import unfit
+from onward.engine.trial import refuse_idle_settings
 from onward.errors import ConfigError, Unsupported
 from onward.hardware.base import Hardware
 from onward.metrics import window_length
@@ -92,11 +95,17 @@ def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, 0, "init/model"))
         model = build(cfg.model, rule.input_spec(spec), key="model")
+        if cfg.get("pretrained"):
+            load_pretrained(model, str(cfg.pretrained), seed, TrackingSettings.from_config(cfg.tracking,
+                                                                                           cfg.paths.outputs))
+        if cfg.get("tuning"):
+            model = build(cfg.tuning, key="tuning")(model, rule.input_spec(spec))
         refusal = refuse(rule, model, spec, hardware)
         if refusal is not None:
             raise Unsupported(refusal)
         if hardware.opaque:
             model = measured(model, hardware.measure, hardware.skip)
+        model = hardware.sparsity.prepare(model)
         torch.default_generator.manual_seed(derive(seed, 0, "init/rule"))
         model = rule.setup(model, spec)
     world = hardware.runtime.devices
@@ -109,6 +118,10 @@ def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
                     total_steps=total, clip_norm=settings.clip_norm, accumulate=settings.accumulate,
                     check_locality=settings.check_locality,
                     eager={"auto": None, "eager": True, "together": False}[settings.update])
+    if not hardware.ideal or hardware.memory.budget is not None:
+        batch = next(iter(data.loader("train", seed).batches()))
+        refuse_excess_memory(engine, batch)
+        refuse_idle_settings(engine, batch)
     return Parts(data, spec, rule, model, hardware, engine, probes, settings, total)
 
 
@@ -125,6 +138,14 @@ def refuse(rule: Rule, model: Stack, spec: DataSpec, hardware: Hardware) -> str 
                     f"none can pass the physical systems of hardware={hardware.name}")
         if (refusal := unmeasurable(model)) is not None:
             return refusal
+    if model.tuning != "full" and not rule.tunes:
+        return (f"{rule.info.title} needs all parameters of every layer, and tuning={model.tuning} freezes or replaces "
+                f"them; rules that do not are algo=backprop, zeroth_order, forward_gradient")
+    if hardware.sparsity.adapter is not None and not rule.tunes:
+        return (f"hardware.sparsity.adapter puts parameters beside a layer's own, which {rule.info.title} does not "
+                "know how to learn; rules that do are algo=backprop, zeroth_order, forward_gradient")
+    if (refusal := unfit(hardware, model)) is not None:
+        return refusal
     return rule.supports(model, spec, hardware)
 
 
@@ -271,6 +292,7 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     if best:
         state = read_checkpoint(Path(best))
         module.load_state_dict(state["state_dict"])
+        parts.hardware.load_state_dict(state["onward"]["engine"].get("hardware", {}))
         selected = round(float(saver.best_model_score), 6) if saver.best_model_score is not None else selected
     results = {f"best/{metric}": selected}
     if settings.test:
@@ -280,6 +302,7 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
         "seconds": round(module.train_seconds, 4),
         "seconds/total": round(time.perf_counter() - started, 4),
         "memory/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
+        **{f"hardware/acted/{name}": float(parts.hardware.fired[name]) for name in parts.hardware.settings()},
     }
     run.log(results, parts.engine.step_index)
     run.set_tags({"readout": getattr(module, "primary_readout", "")})
@@ -360,8 +383,9 @@ def parameters(cfg: DictConfig, choices: dict[str, str], overrides: list[str], p
     """What the UI's parameter columns show: choices, the rule's own axes, optimizer, and anything overridden."""
     shown: dict[str, Any] = {k: choices[k] for k in RUN_CHOICES}
     shown["seed"] = cfg.seed
-    for group in ("algo", "optimizer", "model"):
-        for key, value in OmegaConf.to_container(cfg[group], resolve=True).items():
+    shown["tuning"] = choices.get("tuning", "full")
+    for group in ("algo", "optimizer", "model", "tuning"):
+        for key, value in OmegaConf.to_container(cfg.get(group) or OmegaConf.create({}), resolve=True).items():
             if not key.startswith("_"):
                 shown[f"{group}.{key}"] = value
     shown["data.batch_size"], shown["trainer.max_epochs"] = cfg.data.batch_size, cfg.trainer.max_epochs

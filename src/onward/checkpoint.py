@@ -1,9 +1,11 @@
-"""Reading checkpoints, and finding the run that a ``resume=`` names."""
+"""Reading checkpoints, and finding the run that a ``resume=`` or ``pretrained=`` names."""
 
 from __future__ import annotations
 
 import json
+import logging
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from onward.errors import ConfigError
+from onward.model.base import Stack
 from onward.tracking.run import TrackingSettings, find_run_directory
 
+log = logging.getLogger("onward")
+
 VALID = "a run id, a run directory, or a checkpoint that onward wrote (<run>/checkpoints/last.ckpt)"
-GROUPS = ("algo", "model", "data", "hardware", "optimizer", "schedule", "trainer", "probe")
+GROUPS = ("algo", "model", "tuning", "data", "hardware", "optimizer", "schedule", "trainer", "probe")
 
 
 @dataclass(frozen=True)
@@ -26,23 +31,23 @@ class Resumed:
     checkpoint: Path
 
 
-def read_checkpoint(path: Path, expect_rule: str | None = None) -> dict:
-    """Load a checkpoint with ``weights_only=True``.
+def read_checkpoint(path: Path, expect_rule: str | None = None, key: str = "resume") -> dict:
+    """Load a checkpoint with ``weights_only=True``; ``key`` of the config names it.
 
     Raises:
         ConfigError: the file is missing, no checkpoint of ours, or of another rule.
     """
     if not path.is_file():
-        raise ConfigError("resume", str(path), VALID)
+        raise ConfigError(key, str(path), VALID)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as e:
-        raise ConfigError("resume", str(path), f"{VALID}; this file is none ({type(e).__name__})") from e
+        raise ConfigError(key, str(path), f"{VALID}; this file is none ({type(e).__name__})") from e
     if not isinstance(state, dict) or "onward" not in state:
-        raise ConfigError("resume", str(path), f"{VALID}; this file was not written by onward")
+        raise ConfigError(key, str(path), f"{VALID}; this file was not written by onward")
     rule = state["onward"].get("rule")
     if expect_rule is not None and rule != expect_rule:
-        raise ConfigError("resume", str(path), f"a checkpoint of algo={expect_rule}; this one is of algo={rule}")
+        raise ConfigError(key, str(path), f"a checkpoint of algo={expect_rule}; this one is of algo={rule}")
     return state
 
 
@@ -83,3 +88,41 @@ def resume_config(cfg: DictConfig, overrides: list[str], choices: dict[str, str]
             raise ConfigError("seed", value, f"seed={old.seed}, as in the run being resumed")
     old.resume = None
     return old, old_choices, directory, Resumed(str(state["onward"]["run_id"]), checkpoint)
+
+
+def load_pretrained(model: Stack, target: str, seed: int, tracking: TrackingSettings) -> None:
+    """Give a model the weights and statistics of another run's model; nothing else of that run is taken.
+
+    The blocks must be the same. A readout of another shape (other classes) is left as it was drawn.
+
+    Args:
+        target: a run id, a run's directory (its checkpoint that validation selected, or else the last one) or a
+            checkpoint; ``{seed}`` stands for ``seed``, and a relative path is also sought in the output root.
+    Raises:
+        ConfigError: nothing of that name, no checkpoint of ours, or other blocks.
+    """
+    name = target.replace("{seed}", str(seed))
+    path = next((p for p in (Path(name).expanduser(), tracking.outputs / name) if p.exists()), None) \
+        or find_run_directory(tracking, name)
+    if path is None:
+        made_by = re.search(r"reproduce/([^/]+)/seed(\d+)/?$", name)
+        hint = f"; python scripts/reproduce.py {made_by[1]} --seeds {made_by[2]} makes it" if made_by else ""
+        raise ConfigError("pretrained", name, VALID + hint)
+    if path.is_dir():
+        folder = path / "checkpoints"
+        path = next((p for p in (folder / "best.ckpt", folder / "last.ckpt") if p.is_file()), folder / "last.ckpt")
+    state = read_checkpoint(path, key="pretrained")["state_dict"]
+    found = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
+    own = model.state_dict()
+    fresh = [n for n in own if n.startswith("readout.") and (n not in found or found[n].shape != own[n].shape)]
+    if fresh:  # its parts belong together
+        fresh = [n for n in own if n.startswith("readout.")]
+    wrong = [n for n in own if n not in fresh and (n not in found or found[n].shape != own[n].shape)]
+    wrong += [n for n in found if n not in own and not n.startswith("readout.")]
+    if wrong:
+        n = wrong[0]
+        theirs, ours = (str(tuple(t[n].shape)) if n in t else "none" for t in (found, own))
+        raise ConfigError("pretrained", name, f"a run of the same blocks: {len(wrong)} of the tensors differ, the "
+                                              f"first is {n}, {theirs} there and {ours} here")
+    model.load_state_dict({n: own[n] if n in fresh else found[n] for n in own})
+    log.info("blocks%s from %s", "" if fresh else " and readout", path)

@@ -22,13 +22,16 @@ ALLOWED = ("onward", "torch", "pytorch_lightning", "torchmetrics")
 
 #: Keys of the root config: the groups that must be there, those that may be empty, and plain values.
 GROUPS = ("hardware", "data", "model", "optimizer", "schedule", "trainer", "tracking", "algo")
-OPTIONAL = ("probe", "sweep")
-VALUES = ("seed", "name", "resume", "search", "reported", "obtained", "paths")
+OPTIONAL = ("probe", "sweep", "tuning")
+VALUES = ("seed", "name", "resume", "pretrained", "search", "reported", "obtained", "paths")
 
 #: What does not change what a run computes, and is left out of :func:`config_hash`.
 NOT_HASHED = frozenset({"seed", "name", "resume", "search", "reported", "obtained", "tracking", "paths",
                         "sweep", "hydra"})
 NOT_HASHED_TRAINER = frozenset({"progress", "profile"})
+
+#: The scheme that freezes nothing, as if no scheme were named.
+UNTUNED = "onward.model.tuning.Full"
 
 T = TypeVar("T")
 
@@ -105,7 +108,7 @@ def validate(cfg: DictConfig) -> None:
         if isinstance(cfg[group].get(group), DictConfig):
             raise ConfigError(f"{group}.{group}", _shown(cfg[group], group),
                               "in a file that sets several groups '# @package _global_' is the first line")
-    checks = {"seed": int, "name": str | None, "resume": str | None}
+    checks = {"seed": int, "name": str | None, "resume": str | None, "pretrained": str | None}
     for key, expected in checks.items():
         if (fault := mismatch(cfg.get(key), expected)) is not None:
             raise ConfigError(key, cfg.get(key), fault)
@@ -130,7 +133,8 @@ def config_hash(cfg: DictConfig, *, with_seed: bool = False) -> str:
     """
     content = {}
     for key in cfg:
-        if key in NOT_HASHED:
+        if key in NOT_HASHED or (key == "pretrained" and cfg[key] is None) or \
+                (key == "tuning" and cfg[key]["_target_"] == UNTUNED):
             continue
         node = cfg[key]
         content[str(key)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

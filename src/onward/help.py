@@ -15,6 +15,7 @@ from onward.compose import output_root
 TITLES = {
     "algo": "learning rules",
     "model": "models",
+    "tuning": "fine-tuning schemes: which parameters learn",
     "data": "data sets",
     "hardware": "real and emulated hardware",
     "optimizer": "optimizers",
@@ -35,6 +36,7 @@ EXAMPLES = (
     ("-m algo=backprop,forward_forward seed=0,1,2", "a sweep: every combination, one run each"),
     ("experiment=<name> seed=1", "a preset, with another seed"),
     ("resume=<run id or checkpoint>", "continue a run bit for bit"),
+    ("pretrained=<run id or checkpoint>", "start from the model of another run"),
     ("debug=fast", "does it run? one short epoch, untracked"),
     ("algo=backprop --cfg job", "show the composed config, run nothing"),
     ("--config-dir ~/rules algo=mine", "your own YAML files, from any folder"),

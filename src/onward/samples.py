@@ -13,7 +13,14 @@ from omegaconf import DictConfig
 from onward.compose import compose
 from onward.config import build
 from onward.data.spec import Batch, DataSpec, Graph
-from onward.data.task import Classification, LanguageModelling, LinkPrediction, NodeClassification, Regression
+from onward.data.task import (
+    BinaryClassification,
+    Classification,
+    LanguageModelling,
+    LinkPrediction,
+    NodeClassification,
+    Regression,
+)
 from onward.hardware.base import Hardware, Numerics
 from onward.hardware.formats import Int
 
@@ -47,8 +54,11 @@ SMALL = {
     "lenet": {"channels": [4, 6], "widths": [12]},
     "mobilenet_v3": {"width": 0.25},
     "transformer": {"dim": 8, "depth": 2, "heads": 2},
+    "text_transformer": {"dim": 8, "depth": 2, "heads": 2},
     "gnn": {"widths": [8, 8]},
     "rnn": {"widths": [8]},
+    "deepfm": {"embedding": 4, "widths": [8, 8]},
+    "coordinate_net": {"features": 6, "widths": [8, 8]},
 }
 
 
@@ -81,6 +91,9 @@ def family(name: str, n: int = 8) -> tuple[DataSpec, Batch]:
     if name == "tokens":
         spec = DataSpec("tokens", "tokens", (6,), LanguageModelling(11), n, n, n, vocabulary=11)
         return spec, Batch(labels(11, n, 6), labels(11, n, 6), total=n)
+    if name == "fields":
+        spec = DataSpec("fields", "tokens", (5,), BinaryClassification(), n, n, n, vocabulary=11)
+        return spec, Batch(labels(11, n, 5), labels(2), total=n)
     if name == "regression":
         return DataSpec("regression", "flat", (9,), Regression(2), n, n, n), Batch(real(n, 9), real(n, 2), total=n)
     if name in ("graph", "links"):
@@ -100,7 +113,7 @@ def family(name: str, n: int = 8) -> tuple[DataSpec, Batch]:
     raise AssertionError(name)
 
 
-FAMILIES = ("flat", "image", "sequence", "tokens", "regression", "graph", "links")
+FAMILIES = ("flat", "image", "sequence", "tokens", "fields", "regression", "graph", "links")
 
 
 def hardware(name: str) -> Hardware:

@@ -124,8 +124,8 @@ def test_a_broken_file_of_the_user_is_named(onward, calls, overlay, outputs):
     result = onward("--config-dir", str(folder), "algo=typo")
     assert message(result) == (
         "optimiser={'lr': 1} is not valid: no such key; did you mean 'optimizer'? valid: "
-        "algo, data, hardware, model, name, obtained, optimizer, paths, probe, reported, "
-        "resume, schedule, search, seed, sweep, tracking, trainer"
+        "algo, data, hardware, model, name, obtained, optimizer, paths, pretrained, probe, reported, "
+        "resume, schedule, search, seed, sweep, tracking, trainer, tuning"
     )
     folder = overlay(
         "algo/lost.yaml",

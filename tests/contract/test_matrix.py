@@ -72,5 +72,6 @@ def test_counted_minimum():
     assert len(RULES) >= 12
     assert {"mlp", "cnn", "resnet", "transformer", "gnn", "rnn"} <= set(MODELS)
     for family_name, model_name in (("tokens", "transformer"), ("graph", "gnn"), ("sequence", "rnn"),
-                                    ("image", "resnet"), ("image", "cnn"), ("regression", "mlp"), ("links", "gnn")):
+                                    ("image", "resnet"), ("image", "cnn"), ("regression", "mlp"), ("links", "gnn"),
+                                    ("fields", "deepfm"), ("fields", "transformer"), ("regression", "coordinate_net")):
         assert isinstance(cell("backprop", model_name, family_name, "ideal"), Engine), (family_name, model_name)

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import a_batch, gradients, make_engine, sgd
+from support import a_batch, compare_with_lanes, gradients, make_engine, sgd
 from torch.func import functional_call, jvp, replace_all_batch_norm_modules_
 
 from onward.algo.base import LossOracle
+from onward.algo.base.sparsity import n_kept
 from onward.algo.perturbation.forward_gradient import ForwardGradient
 from onward.algo.reference.backprop import Backprop
 from onward.data.spec import Batch, DataSpec
@@ -20,7 +21,7 @@ from onward.engine.ledger import LiveBytes
 from onward.engine.locality import audit, classify
 from onward.errors import ConfigError
 from onward.hardware.base import Hardware, Numerics
-from onward.hardware.formats import Int
+from onward.hardware.formats import Fixed, Int
 from onward.model.cnn import cnn
 from onward.model.gnn import gnn
 from onward.model.mlp import mlp
@@ -49,7 +50,7 @@ def engine_for(name: str, layout: str, rule: ForwardGradient, changes: dict | No
                **kwargs) -> tuple[Engine, Batch]:
     spec, batch = family(layout)
     torch.manual_seed(11)
-    stack = rule.setup(MODELS[name](spec, **SMALL[name], **(changes or {})).double(), spec)
+    stack = rule.setup(MODELS[name](spec, **{**SMALL[name], **(changes or {})}).double(), spec)
     return Engine(rule, stack, spec, sgd(), **kwargs), doubled(batch)
 
 
@@ -104,7 +105,7 @@ def test_activity_slopes_are_derivatives_by_the_block_outputs(name, layout, chan
     engine, batch = engine_for(name, layout, ForwardGradient("activities"), changes)
     rule = engine.rule
     engine.restart_noise()
-    slopes = rule._slope(engine, batch, 0)
+    slopes = rule._slopes(engine, batch, range(1), range(engine.depth))[0]
     engine.restart_noise()
     with torch.enable_grad():
         h, outputs = batch.x, []
@@ -325,6 +326,119 @@ def peak(rule, depth: int, **kwargs) -> int:
     return meter.peak
 
 
+@pytest.mark.parametrize(("distribution", "constant"), [("normal", 2), ("rademacher", 0)])
+def test_sparse_directions_are_unbiased_with_the_variance_of_their_density(distribution, constant):
+    """With exactly k_p of d_p entries of parameter p: ``E|g|^2 = sum_p (d + 2 d_p / k_p) |grad_p|^2`` for normal and
+    ``d |grad|^2`` for Rademacher entries, whose length is the same at any density.
+    """
+    engine, batch = tiny(ForwardGradient(distribution=distribution, density=0.25))
+    exact = exact_gradient(engine, batch)
+    got = estimates(engine, batch, 6000)
+    z = (got.mean(0) - flat(exact)) / (got.std(0) / len(got) ** 0.5)
+    assert 0.8 <= z.square().mean().sqrt() <= 1.2
+    assert z.abs().max() <= 4
+    expected = sum((83 + constant * p.numel() / n_kept(p.numel(), 0.25)) * p.square().sum() for p in exact)
+    assert got.square().sum(1).mean().item() == pytest.approx(expected.item(), rel=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5])
+def test_sparse_directions_keep_exactly_the_declared_share(density):
+    engine = make_engine(ForwardGradient(density=density), widths=(30, 20))
+    oracle = engine.rule.oracle(engine, a_batch())
+    seen = []
+    for i in range(3):
+        for z, again, p in zip(
+            oracle.direction("0", i), oracle.direction("0", i), engine.parameters_of(i), strict=True
+        ):
+            k = max(1, round(density * p.numel()))
+            assert int((z != 0).sum()) == k
+            assert torch.equal(z, again)
+            seen.append(z[z != 0] * (k / p.numel()) ** 0.5)
+    others = flat(oracle.direction("1", 1)) != 0
+    assert not torch.equal(others, flat(oracle.direction("0", 1)) != 0), "every direction has places of its own"
+    if density == 0.5:
+        values = flat(seen)
+        assert values.square().mean().item() == pytest.approx(1, abs=4 * (2 / len(values)) ** 0.5)
+
+
+def test_one_block_at_a_time_has_the_variance_of_that_block():
+    """``E|g|^2 = sum_i (d_i + 2) |grad_i|^2``: 56 and 27 dimensions instead of 83."""
+    engine, batch = tiny(ForwardGradient(distribution="normal", scope="block"))
+    exact = exact_gradient(engine, batch)
+    units = [flat(exact[:2]), flat(exact[2:])]
+    rows = []
+    for t in range(3000):
+        engine.step_index = t
+        taken = gradients(engine, batch)
+        rows.append(flat([*taken["block0"], *taken["readout"]]))
+    got = torch.stack(rows)
+    z = (got.mean(0) - flat(exact)) / (got.std(0) / len(got) ** 0.5)
+    assert 0.8 <= z.square().mean().sqrt() <= 1.2
+    assert z.abs().max() <= 4
+    expected = sum((len(u) + 2) * u.square().sum() for u in units)
+    assert got.square().sum(1).mean().item() == pytest.approx(expected.item(), rel=0.05)
+    assert expected <= 0.9 * 85 * flat(exact).square().sum()
+
+
+@torch.no_grad()
+def test_one_block_at_a_time_takes_that_blocks_slopes_alone():
+    engine, batch = engine_for("cnn", "image", ForwardGradient("activities", scope="block", directions=2))
+    engine.begin_step()
+    engine.restart_noise()
+    with torch.enable_grad():
+        h, outputs = batch.x, []
+        for i in range(engine.depth):
+            outputs.append(h := engine.run(i, h, batch.context))
+        loss = engine.task.loss(engine.run(engine.depth, h), batch)
+    grads = torch.autograd.grad(loss, outputs)
+    for i in range(engine.depth):
+        slopes = engine.rule._slopes(engine, batch, range(2), [i])
+        for k in range(2):
+            u = engine.rule._noise(engine, batch, k, i, outputs[i])
+            torch.testing.assert_close(slopes[k], (grads[i] * u).flatten(1).sum(1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"perturb": "activities"}, {"density": 0.3}, {"scope": "block"},
+                                     {"perturb": "activities", "scope": "block"}], ids=str)
+@pytest.mark.parametrize(("name", "layout", "changes"), KINDS)
+def test_directions_pushed_together_are_those_of_the_loop(name, layout, changes, options):
+    taken = []
+    for chunk in (1, 2):
+        engine, batch = engine_for(name, layout, ForwardGradient(directions=3, chunk=chunk, **options), changes)
+        taken.append(gradients(engine, batch))
+        moved = {n: b for n, b in engine.model.named_buffers() if n.endswith(("running_mean", "running_var"))}
+        taken[-1]["statistics"] = [b.double() for b in moved.values()]
+    for other in taken[1:]:
+        for group, parts in taken[0].items():
+            torch.testing.assert_close(other[group], parts, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"perturb": "activities"}], ids=str)
+def test_directions_pushed_together_meet_the_same_noise(options):
+    """Dropout masks and stochastic rounding are drawn once for all directions, as every pass of the loop draws them."""
+    spec, batch = family("flat")
+    hw = [None, Hardware("rounding", numerics=Numerics(weight=Int(6, "channel", "stochastic"),
+                                                       activation=Int(6, rounding="stochastic")))]
+    for hardware in hw:
+        taken = []
+        for chunk in (1, 4):
+            torch.manual_seed(2)
+            net = mlp(spec, (40, 40), dropout=0.5)
+            engine = make_engine(ForwardGradient(directions=4, chunk=chunk, **options), net, spec, sgd(),
+                                 dtype=torch.float64, hardware=hardware)
+            taken.append(gradients(engine, doubled(batch)))
+        for group, parts in taken[0].items():
+            torch.testing.assert_close(taken[1][group], parts, rtol=1e-9, atol=1e-12)
+
+
+def test_lanes_of_a_batched_run_push_directions_together():
+    rules = [ForwardGradient(directions=3, chunk=3, perturb=p) for p in ("weights", "activities")]
+    for rule in rules:
+        for net in (lambda spec: mlp(spec, [12, 12]), lambda spec: cnn(spec, channels=[3, 4])):
+            compare_with_lanes(lambda rule=rule: copy.deepcopy(rule), net)
+
+
 @pytest.mark.parametrize("perturb", ["weights", "activities"])
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "dual"])
 def test_peak_memory_does_not_grow_with_depth(perturb, closed):
@@ -341,7 +455,27 @@ def test_locality_is_as_declared(perturb):
 
 @pytest.mark.parametrize(("arguments", "key"), [({"perturb": "weight"}, "algo.perturb"),
                                                 ({"distribution": "gauss"}, "algo.distribution"),
-                                                ({"directions": 0}, "algo.directions")])
+                                                ({"directions": 0}, "algo.directions"),
+                                                ({"density": 0.0}, "algo.density=0.0"),
+                                                ({"density": 1.5}, "algo.density=1.5"),
+                                                ({"scope": "layer"}, "algo.scope"),
+                                                ({"directions": 4, "chunk": 5}, "algo.chunk=5.*1 to algo.directions=4"),
+                                                ({"chunk": 0}, "algo.chunk")])
 def test_bad_arguments_name_the_key(arguments, key):
     with pytest.raises(ConfigError, match=key):
         ForwardGradient(**arguments)
+
+
+def test_a_format_in_which_directions_vanish_is_refused_and_one_that_scales_them_is_told(caplog):
+    spec, _ = family("flat")
+    net = mlp(spec, [8])
+    coarse = Hardware("coarse", numerics=Numerics(perturbation=Fixed(word=8, frac=-4)))
+    for distribution in ("normal", "rademacher"):
+        with pytest.raises(ConfigError, match=r"hardware.numerics.perturbation=.*frac=-4.*entries are of size 1"):
+            ForwardGradient(distribution=distribution).supports(net, spec, coarse)
+    with caplog.at_level("WARNING", logger="onward"):
+        fine = Hardware("fine", numerics=Numerics(perturbation=Int(8)))
+        assert ForwardGradient().supports(net, spec, fine) is None and not caplog.records
+        two_bits = Hardware("two bits", numerics=Numerics(perturbation=Int(2)))
+        ForwardGradient().supports(net, spec, two_bits)
+    assert "makes the mean square of a normal direction's entries 0." in caplog.text

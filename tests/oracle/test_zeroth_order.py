@@ -97,7 +97,7 @@ def test_average_over_directions_tends_to_the_gradient():
     assert growth.item() == pytest.approx(exact.numel(), rel=0.06)
 
 
-@pytest.mark.parametrize("restore", ["subtract", "exact"])
+@pytest.mark.parametrize("restore", ["replay", "exact"])
 @pytest.mark.parametrize(("mode", "directions", "queries"),
                          [("central", 1, 2), ("central", 3, 6), ("forward", 3, 4)])
 def test_a_step_is_the_mean_of_slope_times_direction(restore, mode, directions, queries):
@@ -146,7 +146,7 @@ def test_restoring_drifts_by_rounding_only_and_a_copy_not_at_all(directions):
     of ``|theta| + eps |z|``; a hundred steps without an update add up to no more than a hundred of it."""
     steps, eps = 100, 1e-3
     drift = {}
-    for restore in ("subtract", "exact"):
+    for restore in ("replay", "exact"):
         engine = make_engine(ZerothOrder(eps, restore=restore, directions=directions), widths=(64, 64))
         engine.updates.take = lambda name, grads: None
         batch, theta = a_batch(8), values(engine)
@@ -157,13 +157,13 @@ def test_restoring_drifts_by_rounding_only_and_a_copy_not_at_all(directions):
         drift[restore] = once, (values(engine) - theta).abs().max().item()
     unit = torch.finfo(torch.float32).eps / 2
     bound = 3 * directions * unit * (theta.abs().max().item() + 5.5 * eps)
-    assert 0 < drift["subtract"][0] <= bound
-    assert drift["subtract"][1] <= steps * bound
-    assert drift["subtract"][1] <= 1e-6 * directions, "it wanders, it does not add up"
+    assert 0 < drift["replay"][0] <= bound
+    assert drift["replay"][1] <= steps * bound
+    assert drift["replay"][1] <= 1e-6 * directions, "it wanders, it does not add up"
     assert drift["exact"] == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("restore", ["subtract", "exact"])
+@pytest.mark.parametrize("restore", ["replay", "exact"])
 def test_an_interrupted_step_leaves_the_parameters_where_they_were(restore):
     engine = make_engine(ZerothOrder(0.1, restore=restore), widths=(12, 9), dtype=torch.float64)
     theta, loss = values(engine), engine.loss
@@ -179,7 +179,7 @@ def test_an_interrupted_step_leaves_the_parameters_where_they_were(restore):
     with pytest.raises(KeyboardInterrupt):
         engine.train_step(a_batch(16, torch.float64))
     assert (queries[0] - queries[1]).abs() > 1e-6, "the parameters had moved"
-    torch.testing.assert_close(values(engine), theta, rtol=0, atol=1e-15 if restore == "subtract" else 0)
+    torch.testing.assert_close(values(engine), theta, rtol=0, atol=1e-15 if restore == "replay" else 0)
 
 
 @pytest.mark.parametrize("mode", ["central", "forward"])

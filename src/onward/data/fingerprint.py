@@ -19,7 +19,7 @@ def fingerprint(data: DataSet) -> str:
 def _digest(split: Split) -> str:
     digest = hashlib.sha256()
     edges = split.context.edge_index if split.context is not None else None
-    for tensor in (split.x, split.y, split.mask, edges):
+    for tensor in (split.x, split.y, split.mask, split.pairs, edges):
         if isinstance(tensor, Tensor):
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy())

@@ -34,3 +34,11 @@ class AreaUnderROC(Metric):
         positives, negatives = targets.sum(), (~targets).sum()
         above = ranks[targets].sum() - positives * (positives + 1) / 2
         return above / (positives.double() * negatives)
+
+
+class MarginAreaUnderROC(AreaUnderROC):
+    """:class:`AreaUnderROC` of two classes' scores (M, 2): a sample is ranked by the second score minus the first."""
+
+    def update(self, scores: Tensor, targets: Tensor) -> None:
+        """Add scores (M, 2) and the classes (M,), 0 or 1."""
+        super().update(scores[:, 1] - scores[:, 0], targets)

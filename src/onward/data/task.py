@@ -149,6 +149,25 @@ class NodeClassification(Classification):
 
 
 @dataclass(frozen=True)
+class BinaryClassification(Classification):
+    """One of two classes per sample, the second of them sought; selected by area under the ROC curve.
+
+    Two scores and cross-entropy: ``sigmoid(s_1 - s_0)`` is the probability of the second class, so that rules which
+    learn from classes need nothing of their own.
+    """
+
+    n_outputs: int = field(default=2, init=False)
+
+    name = "binary_classification"
+    metric = "auc"
+
+    def metrics(self):
+        from onward.data.metrics import MarginAreaUnderROC
+
+        return {"auc": MarginAreaUnderROC(), **super().metrics()}
+
+
+@dataclass(frozen=True)
 class LinkPrediction(Task):
     """Whether two nodes of one graph are linked; binary cross-entropy, area under the ROC curve.
 
@@ -229,3 +248,17 @@ class Regression(Task):
         from torchmetrics.regression import MeanSquaredError
 
         return {"mse": MeanSquaredError(num_outputs=1)}
+
+
+@dataclass(frozen=True)
+class ImageSynthesis(Regression):
+    """Colours in [0, 1] of single pixels; selected by the peak signal-to-noise ratio, ``-10 log10(mse)`` decibels."""
+
+    name = "image_synthesis"
+    metric = "psnr"
+    maximise = True
+
+    def metrics(self):
+        from torchmetrics.image import PeakSignalNoiseRatio
+
+        return {"psnr": PeakSignalNoiseRatio(data_range=1.0), **super().metrics()}

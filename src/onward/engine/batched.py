@@ -242,6 +242,11 @@ class _Lane(Engine):
             return _LaneDenseTape(self.units[i], h, len(self.seeds))
         return _FunctionalTape(self.units[i], lambda x: self.run(i, x, context), h)
 
+    def record_parts(self, i, h, context, alter):
+        if not self._closed[i]:
+            raise Unsupported("the pull-back from a pre-activation has a batched form in plain dense blocks alone")
+        return super().record_parts(i, h, context, alter)
+
     def jvp(self, i, h, dh, tangents, context=None):
         if self._closed[i]:
             return super().jvp(i, h, dh, tangents, context)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +17,22 @@ from torch.func import functional_call
 from onward.data.spec import Batch, DataSpec, Graph
 from onward.engine.ledger import kept
 from onward.engine.locality import foreign_parameters
+from onward.engine.recompute import recomputed_backward
 from onward.engine.schedule import Schedule
-from onward.engine.tape import AutogradTape, DenseTape, Tape, has_closed_form
+from onward.engine.tape import (
+    AutogradPartsTape,
+    AutogradTape,
+    DensePartsTape,
+    DenseTape,
+    PartsTape,
+    Tape,
+    has_closed_form,
+)
 from onward.engine.update import OptimizerFactory, UpdateChain
 from onward.errors import ConfigError, LocalityError
 from onward.hardware.base import Hardware
 from onward.model.base import Stack
+from onward.model.tuning import frozen
 from onward.seeds import derive, generator
 
 if TYPE_CHECKING:
@@ -54,6 +65,8 @@ class Engine:
         self.ledger: Counter[str] = Counter()
         # one value per block, made once: a step's memory must not grow with depth, not even by its metrics
         self.block_losses = torch.zeros(self.depth)
+        self.hardware.place([self.group(i) for i in range(self.depth + 1)])
+        self.hardware.sparsity.bind(self.hardware, {self.group(i): u for i, u in enumerate(self.units)})
         self.fixed_error: Tensor | None = None  # set by the locality audit
         self._closed = [closed_forms and self.hardware.ideal and has_closed_form(u) for u in self.units]
         self._own = [list(u.parameters()) for u in self.units]
@@ -83,13 +96,17 @@ class Engine:
 
     def begin_step(self) -> None:
         self.restart_noise()
+        self.hardware.begin_update()
         self.updates.begin_step(self.step_index)
 
     def restart_noise(self) -> None:
         """Let the next pass meet the step's noise from its start: dropout masks, stochastic rounding."""
         # the global stream serves dropout and any stray draw: it too depends on the step alone
         torch.default_generator.manual_seed(derive(self.seed, self.step_index, "global"))
-        self.hardware.begin_step(self.generator, self.step_index)
+        self._begin_hardware_step()
+
+    def _begin_hardware_step(self) -> None:
+        self.hardware.begin_step(self.generator, self.step_index, self.step_index / max(self.updates.total_steps, 1))
 
     def end_step(self) -> None:
         self.updates.end_step()
@@ -125,30 +142,52 @@ class Engine:
             return unit(h, context) if i < self.depth else unit(h)
         return self._run_with(i, {n: p for n, p in unit.named_parameters()}, h, context)
 
-    def run_parts(self, i: int, h: Tensor, context: Graph | None = None) -> tuple[Tensor, Tensor]:
-        """Block i's pre-activation and output of one execution, in the hardware's arithmetic; no graph."""
+    def run_parts(self, i: int, h: Tensor, context: Graph | None = None,
+                  alter: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Block i's pre-activation and output of one execution, in the hardware's arithmetic; no graph.
+
+        ``alter``: what becomes of the pre-activation before the nonlinearity (noise); the first tensor is without it.
+        """
+        with torch.no_grad():
+            return self._parts(i, h, context, alter)
+
+    def record_parts(self, i: int, h: Tensor, context: Graph | None, alter: Callable[[Tensor], Tensor]) -> PartsTape:
+        """:meth:`record` of block i with its pre-activation altered on its way, as in :meth:`run_parts`."""
+        if self._closed[i]:
+            self.ledger["unit_forwards"] += 1
+            return DensePartsTape(self.units[i], h, alter)
+        with self.saving():
+            return AutogradPartsTape(self._own[i], h, lambda x: self._parts(i, x, context, alter))
+
+    def _parts(self, i: int, h: Tensor, context: Graph | None, alter: Callable[[Tensor], Tensor] | None,
+               ) -> tuple[Tensor, Tensor]:
         unit, hw = self.units[i], self.hardware
         self.ledger["unit_forwards"] += 1
-        with torch.no_grad():
-            if hw.ideal:
-                z = unit.pre_activation(h, context)
-                return z, unit.activate(z)
-            if i == 0 and h.is_floating_point():
-                h = hw.straight_through("input", h)
-            params = {f"block.{n}": hw.straight_through("weight", p) if p.dim() > 1 else p
-                      for n, p in unit.named_parameters()}
-            z, out = functional_call(_Parts(unit), params, (h, context))
-            return z, hw.straight_through("activation", out)
+        if hw.ideal:
+            z = unit.pre_activation(h, context)
+            return z, unit.activate(z if alter is None else alter(z))
+        if i == 0 and h.is_floating_point():
+            h = hw.straight_through("input", h)
+        group = self.group(i)
+        params = {f"block.{n}": hw.weight(f"{group}.{n}", p) if p.dim() > 1 else p
+                  for n, p in {**frozen(unit), **dict(unit.named_parameters())}.items()}
+        with hw.operations():
+            z, out = functional_call(_Parts(unit, alter), params, (h, context))
+        return z, hw.gate_error(hw.straight_through("activation", out, group), group)
 
-    def _run_with(self, i: int, params: dict[str, Tensor], h: Tensor, context: Graph | None) -> Tensor:
+    def _run_with(self, i: int, params: dict[str, Tensor], h: Tensor, context: Graph | None,
+                  buffers: dict[str, Tensor] | None = None) -> Tensor:
         hw, unit = self.hardware, self.units[i]
         if i == 0 and h.is_floating_point():
             h = hw.straight_through("input", h)
+        params = {**frozen(unit), **params}
         # vectors (biases, norm scales) stay exact, as integer hardware keeps them in wide accumulators
-        params = {n: hw.straight_through("weight", p) if p.dim() > 1 else p for n, p in params.items()}
-        h = functional_call(unit, params, (h, context) if i < self.depth else (h,))
+        group = self.group(i)
+        params = {n: hw.weight(f"{group}.{n}", p) if p.dim() > 1 else p for n, p in params.items()}
+        with hw.operations():
+            h = functional_call(unit, {**params, **(buffers or {})}, (h, context) if i < self.depth else (h,))
         if i < self.depth:
-            h = hw.gate_error(hw.straight_through("activation", h))
+            h = hw.gate_error(hw.straight_through("activation", h, group), group)
         return h
 
     def forward(self, batch: Batch, block_input: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
@@ -175,13 +214,16 @@ class Engine:
     def inference(self):
         """Modules in evaluation mode and no graph, restored on leaving; noise is that of the step, from its start."""
         training = self.model.training
-        self.hardware.begin_step(self.generator, self.step_index)
+        self._begin_hardware_step()
+        self.hardware.evaluating = True
+        self.hardware.begin_update()
         self.model.eval()
         self.rule.eval()
         try:
             with torch.no_grad():
                 yield self
         finally:
+            self.hardware.evaluating = False
             self.model.train(training)
             self.rule.train(training)
 
@@ -190,7 +232,13 @@ class Engine:
         if self._closed[i]:
             self.ledger["unit_forwards"] += 1
             return DenseTape(self.units[i], h)
-        return AutogradTape(self._own[i], h, lambda x: self.run(i, x, context))
+        with self.saving():
+            return AutogradTape(self._own[i], h, lambda x: self.run(i, x, context))
+
+    def saving(self) -> AbstractContextManager:
+        """Around the making of a graph: what it keeps is kept as the hardware's memory says, but for parameters."""
+        own = (self.model, self.rule)
+        return self.hardware.saving(chain.from_iterable(chain(m.parameters(), m.buffers()) for m in own))
 
     def jvp(self, i: int, h: Tensor, dh: Tensor | None, tangents: Sequence[Tensor] | None,
             context: Graph | None = None) -> tuple[Tensor, Tensor]:
@@ -225,6 +273,19 @@ class Engine:
         self.ledger["queries"] += 1
         return self.average(self.task.loss(scores, batch).detach())
 
+    def sample_losses(self, scores: Tensor, batch: Batch) -> Tensor:
+        """The task's loss of every sample of this process (B,), its mean over positions where there are several.
+
+        Where a mask selects what counts (nodes of a graph), the others have 0. Pairs of nodes are no samples.
+        """
+        self.ledger["queries"] += 1
+        rows = self.task.row_loss(*self.task.select(scores, batch)).detach()
+        if batch.mask is None:
+            return rows.reshape(len(batch), -1).mean(1)
+        losses = rows.new_zeros(len(batch))
+        losses[batch.mask] = rows
+        return losses
+
     def average(self, value: Tensor) -> Tensor:
         """Mean over processes (identity on one)."""
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -246,8 +307,10 @@ class Engine:
 
     def backward(self, batch: Batch) -> tuple[Tensor, list[list[Tensor | None]]]:
         """The task's mean loss and its exact gradient by reverse mode through the whole stack, unit by unit."""
+        if self.hardware.memory.recomputes:
+            return recomputed_backward(self, batch)
         if not all(self._closed):
-            with torch.enable_grad():
+            with torch.enable_grad(), self.saving():
                 scores = self.forward(batch)
             loss, error = self.loss_and_error(scores, batch)
             flat = iter(torch.autograd.grad(scores, [p for own in self._own for p in own], error, allow_unused=True))
@@ -267,6 +330,17 @@ class Engine:
         del counted
         return loss, grads
 
+    def function(self, i: int, context: Graph | None = None) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+        """Unit i as a pure function of its parameters, by name, and its input, for what ``torch.func`` transforms.
+
+        Running statistics are read and stay as they are. Whoever executes it counts that in the ledger.
+        """
+        def function(parameters: dict[str, Tensor], h: Tensor) -> Tensor:
+            buffers = {n: b.clone() for n, b in self.units[i].named_buffers()}
+            return self._run_with(i, parameters, h, context, buffers)
+
+        return function
+
     def objective(self, i: int, h: Tensor, loss_fn: Callable[[Tensor], Tensor],
                   ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Loss on a unit's detached output, its gradient there, and those of the rule's local parameters.
@@ -274,7 +348,7 @@ class Engine:
         Raises LocalityError if the loss reaches any parameter other than ``local_module(i)``'s.
         """
         leaf = h.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.saving():
             loss = loss_fn(leaf)
         local = self._local[i]
         self._check(loss, local, f"the loss of {self.group(i)}")
@@ -329,23 +403,24 @@ class Engine:
     # ------------------------------------------------------------------ checkpoint
 
     def state_dict(self) -> dict:
-        return {"step": self.step_index, "updates": self.updates.state_dict()}
+        return {"step": self.step_index, "updates": self.updates.state_dict(), "hardware": self.hardware.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.step_index = int(state["step"])
         self.updates.load_state_dict(state["updates"])
+        self.hardware.load_state_dict(state.get("hardware", {}))  # absent in checkpoints older than masks
 
 
 class _Parts(nn.Module):
     """A block whose call gives (pre-activation, output)."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, alter: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
-        self.block = block
+        self.block, self.alter = block, alter
 
     def forward(self, h, context=None):
         z = self.block.pre_activation(h, context)
-        return z, self.block.activate(z)
+        return z, self.block.activate(z if self.alter is None else self.alter(z))
 
 
 def _dense_jvp(unit, h, dh, tangents):
@@ -359,6 +434,8 @@ def _dense_jvp(unit, h, dh, tangents):
         dx = unit.flatten(dh) if hasattr(unit, "flatten") else unit.features(dh)
         if dz is None:
             dz = torch.nn.functional.linear(dx, weight)
+        elif torch._C._functorch.is_batchedtensor(dz):  # vmap has no rule for what accumulates in place
+            dz = dz + torch.nn.functional.linear(dx, weight)
         else:  # accumulated inside the product: no temporary
             dz.view(-1, dz.shape[-1]).addmm_(dx.reshape(-1, dx.shape[-1]), weight.t())
     if dz is None:

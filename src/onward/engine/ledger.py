@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from onward.data.spec import Batch
+from onward.hardware.memory.meter import SavedBytes, kept
 
 if TYPE_CHECKING:
     from onward.engine.engine import Engine
+
+__all__ = ["Flops", "LiveBytes", "SavedBytes", "kept", "step_cost"]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -35,12 +37,19 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for t in tree_iter((args, kwargs)):
             if isinstance(t, Tensor):
-                self._seen.add(t.untyped_storage()._cdata)
+                self._exempt(t.untyped_storage())
         out = func(*args, **(kwargs or {}))
         for t in tree_iter(out):
             if isinstance(t, Tensor):
                 self._follow(t.untyped_storage())
         return out
+
+    def _exempt(self, storage: torch.UntypedStorage) -> None:
+        """A storage from before. Once it is freed, another may have its address, and counts."""
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen.add(key)
+            weakref.finalize(storage, self._seen.discard, key)
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -73,67 +82,6 @@ class Flops(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
-
-
-class SavedBytes:
-    """Peak bytes held for a backward pass while active; parameters do not count, shared storages once.
-
-    Counted are what autograd keeps, and what a pass in closed form says it keeps (:func:`kept`).
-    """
-
-    active: ClassVar[SavedBytes | None] = None
-
-    def __init__(self, parameters: Iterable[Tensor]):
-        self._exempt = {p.untyped_storage()._cdata for p in parameters}
-        self._held: dict[int, int] = {}
-        self.live = self.peak = 0
-        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
-
-    def _pack(self, t: Tensor):
-        storage = t.untyped_storage()
-        key = storage._cdata
-        if key in self._exempt:
-            return t, None
-        if key not in self._held:
-            self._held[key] = 0
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-        self._held[key] += 1
-        return t, _Handle(self, key, storage.nbytes())
-
-    @staticmethod
-    def _unpack(packed):
-        return packed[0]
-
-    def _release(self, key: int, size: int) -> None:
-        self._held[key] -= 1
-        if self._held[key] == 0:
-            del self._held[key]
-            self.live -= size
-
-    def __enter__(self):
-        self._hooks.__enter__()
-        SavedBytes.active = self
-        return self
-
-    def __exit__(self, *exc):
-        SavedBytes.active = None
-        return self._hooks.__exit__(*exc)
-
-
-def kept(tensors: Iterable[Tensor]) -> list | None:
-    """Handles that count tensors as held for a backward pass, for as long as they live; None if nobody counts."""
-    return [SavedBytes.active._pack(t)[1] for t in tensors] if SavedBytes.active is not None else None
-
-
-class _Handle:
-    """Lives exactly as long as the packed tensor is kept."""
-
-    def __init__(self, meter: SavedBytes, key: int, size: int):
-        self.meter, self.key, self.size = meter, key, size
-
-    def __del__(self):
-        self.meter._release(self.key, self.size)
 
 
 def step_cost(engine: Engine, batch: Batch) -> dict[str, float]:

@@ -69,7 +69,7 @@ class UpdateChain:
         for p, g in zip(params, grads, strict=True):
             if g is None:
                 continue
-            g = self.hardware.apply("weight_grad", g)
+            g = self.hardware.gradient(p, g)
             if scaled:
                 g = g / self.accumulate
             p.grad = g if p.grad is None else p.grad.add_(g)
@@ -87,9 +87,8 @@ class UpdateChain:
             for p, d in zip(params, deltas, strict=True):
                 if d is None:
                     continue
-                p.add_(hw.apply("update", d * self._factor))
-                if hw.acts_on("storage"):
-                    p.copy_(hw.apply("storage", p))
+                p.add_(hw.delta(p, d * self._factor))
+            self._keep(params)
         self.weight_writes += 1
 
     def end_step(self) -> None:
@@ -121,13 +120,28 @@ class UpdateChain:
                     p.copy_(b + hw.apply("update", p - b))
         else:
             optimizer.step()
-        if hw.acts_on("storage"):
-            with torch.no_grad():
+        with torch.no_grad():
+            self._keep(params)
+            if hw.acts_on("optimizer_state"):
                 for p in params:
-                    p.copy_(hw.apply("storage", p))
+                    for value in optimizer.state[p].values():
+                        if isinstance(value, Tensor) and value.shape == p.shape:
+                            value.copy_(hw.apply("optimizer_state", value))
         for p in params:
             p.grad = None
         self.weight_writes += 1
+
+    def _keep(self, params: Sequence[nn.Parameter]) -> None:
+        """Parameters that were written, as they are kept between steps: within bounds, and in the storage format."""
+        hw = self.hardware
+        if hw.numerics.clip is not None:
+            hw.fired["clip"] += 1
+            for p in params:
+                if (bound := hw.numerics.limit(p)) is not None:
+                    p.clamp_(-bound, bound)
+        if hw.acts_on("storage"):
+            for p in params:
+                p.copy_(hw.apply("storage", p))
 
     def state_dict(self) -> dict:
         return {name: o.state_dict() for name, o in self.optimizers.items()}

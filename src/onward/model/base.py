@@ -227,7 +227,12 @@ def head(block: Block, spec: DataSpec, *, how: str | None = None, bias: bool = T
 
 
 class Stack(nn.Module):
-    """A model: ordered blocks and a readout. ``forward`` is plain inference without any hardware."""
+    """A model: ordered blocks and a readout. ``forward`` is plain inference without any hardware.
+
+    ``tuning``: the fine-tuning scheme that has frozen a part of it, ``full`` for none (see :mod:`onward.model.tuning`).
+    """
+
+    tuning: str = "full"
 
     def __init__(self, blocks: Sequence[Block], readout: Readout):
         super().__init__()

@@ -12,21 +12,26 @@ from onward.model.base import Block, Stack, activation, head, require_layout, ve
 from onward.model.check import SEQUENCE_NORMS, check_activation, choice, divides, positive, probability
 from onward.model.embedding import TOKEN_STD, Patches, Positions, StepEmbedding, Steps, TokenEmbedding
 
+GRANULARITIES = ("block", "sublayer")
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """``softmax(q k^T / sqrt(d) + M) v`` over the last two axes, (..., T, d) (Vaswani et al. 2017, eq. 1).
 
-    ``mask`` (T, T) is True where a query (row) may look at a key (column). Written as matrix products because
-    the fused kernels have no forward-mode derivative.
+    ``mask``, broadcast to (..., T, T), is True where a query (row) may look at a key (column); one that may look at
+    none looks at all alike. Written as matrix products because the fused kernels have no forward-mode derivative.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, dim=-1) @ v
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on (B, T, dim); ``causal`` positions see themselves and the past."""
+    """Multi-head self-attention on (B, T, dim); ``causal`` positions see themselves and the past.
+
+    ``prefix``: None, or what puts keys and values of its own before those of the input (see tuning=prefix).
+    """
 
     def __init__(self, dim: int, heads: int, steps: int, causal: bool):
         super().__init__()
@@ -35,11 +40,17 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
         mask = torch.ones(steps, steps, dtype=torch.bool).tril() if causal else None
         self.register_buffer("mask", mask, persistent=False)
+        self.prefix: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``keep`` (B, T) is False at positions that nobody looks at."""
         n, steps, dim = x.shape
         q, k, v = self.qkv(x).reshape(n, steps, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         mask = None if self.mask is None else self.mask[:steps, :steps]
+        if keep is not None:
+            mask = keep[:, None, None, :] if mask is None else mask & keep[:, None, None, :]
+        if self.prefix is not None:
+            k, v, mask = self.prefix(k, v, mask)
         return self.out(attend(q, k, v, mask).transpose(1, 2).reshape(n, steps, dim))
 
 
@@ -75,19 +86,66 @@ class AttentionBlock(Block):
         return z
 
 
+class AttentionSublayer(Block):
+    """``x + Attention(norm(x))``: the first half of an :class:`AttentionBlock` as a block of its own."""
+
+    layout = "sequence"
+
+    def __init__(self, steps: int, dim: int, heads: int, *, causal: bool = False, norm: str = "layer",
+                 dropout: float = 0.0):
+        super().__init__()
+        self.in_shape = self.out_shape = (steps, dim)
+        self.norm1 = vector_norm(norm, dim)
+        self.attention = Attention(dim, heads, steps, causal)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def pre_activation(self, x, context=None):
+        return x + self.dropout(self.attention(self.norm1(x)))
+
+    def activate(self, z):
+        return z
+
+
+class FeedForwardSublayer(Block):
+    """``x + W2 act(W1 norm(x))``: the second half of an :class:`AttentionBlock` as a block of its own."""
+
+    layout = "sequence"
+
+    def __init__(self, steps: int, dim: int, *, mlp_ratio: int = 4, activation_name: str = "gelu",
+                 norm: str = "layer", norm_output: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.in_shape = self.out_shape = (steps, dim)
+        self.norm2 = vector_norm(norm, dim)
+        self.activation_name = activation_name
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), activation(activation_name),
+                                 nn.Linear(mlp_ratio * dim, dim))
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.norm_output = vector_norm(norm, dim) if norm_output else nn.Identity()
+
+    def pre_activation(self, x, context=None):
+        return self.norm_output(x + self.dropout(self.mlp(self.norm2(x))))
+
+    def activate(self, z):
+        return z
+
+
 def transformer(spec: DataSpec, dim: int = 64, depth: int = 3, heads: int = 4, mlp_ratio: int = 4,
                 patch_size: int = 4, activation: str = "gelu", norm: str = "layer",
-                dropout: float = 0.0) -> Stack:
+                dropout: float = 0.0, granularity: str = "block") -> Stack:
     """Pre-norm transformer: an embedding block, ``depth`` attention blocks, a linear readout.
 
     Images are cut into patches, sequences embedded step by step, tokens looked up; positions are learned.
     Where the task has a target at every position (language modelling) attention is causal and the readout
     scores every position; otherwise attention sees all positions and the readout their mean.
 
+    ``granularity=sublayer`` makes attention and feed-forward layers blocks of their own, 2 x ``depth`` in all: the same
+    network and initial weights, cut in more places. A rule that teaches every block then teaches each of them ("micro"
+    placement; ``block`` is "macro": Launay et al. 2020, section 3.4).
+
     Raises:
         Unsupported: tabular or graph data.
         ConfigError: a size below 1, heads that do not divide ``dim``, a patch size that does not divide the
-            image, an unknown activation or norm, dropout outside [0, 1).
+            image, an unknown activation, norm or granularity, dropout outside [0, 1).
     """
     require_layout(spec, "transformer", "image", "sequence", "tokens")
     for key, value in (("dim", dim), ("depth", depth), ("mlp_ratio", mlp_ratio), ("patch_size", patch_size)):
@@ -96,17 +154,22 @@ def transformer(spec: DataSpec, dim: int = 64, depth: int = 3, heads: int = 4, m
     check_activation(activation)
     choice("model.norm", norm, SEQUENCE_NORMS)
     probability("model.dropout", dropout)
+    choice("model.granularity", granularity, GRANULARITIES)
     if spec.layout == "image":
         first: Block = StepEmbedding(spec.input_shape, dim, Patches(patch_size))
     elif spec.layout == "sequence":
         first = StepEmbedding(spec.input_shape, dim, Steps())
     else:
-        steps = spec.input_shape[0]
-        first = TokenEmbedding(steps, spec.vocabulary, dim, Positions(steps, dim, TOKEN_STD))
-    blocks = [first]
+        length = spec.input_shape[0]
+        first = TokenEmbedding(length, spec.vocabulary, dim, Positions(length, dim, TOKEN_STD))
+    blocks, steps, causal = [first], first.out_shape[0], spec.task.per_position
+    feed = {"mlp_ratio": mlp_ratio, "activation_name": activation}
     for i in range(depth):
-        blocks.append(AttentionBlock(
-            first.out_shape[0], dim, heads, mlp_ratio=mlp_ratio, causal=spec.task.per_position,
-            activation_name=activation, norm=norm, norm_output=i == depth - 1, dropout=dropout,
-        ))
+        common = {"norm": norm, "dropout": dropout}
+        last = {"norm_output": i == depth - 1}
+        if granularity == "block":
+            blocks.append(AttentionBlock(steps, dim, heads, causal=causal, **feed, **common, **last))
+        else:
+            blocks.append(AttentionSublayer(steps, dim, heads, causal=causal, **common))
+            blocks.append(FeedForwardSublayer(steps, dim, **feed, **common, **last))
     return Stack(blocks, head(blocks[-1], spec))

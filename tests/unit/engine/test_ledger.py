@@ -9,11 +9,15 @@ from support import a_batch, make_engine, sgd
 from onward.algo.base import Rule
 from onward.algo.forward_only.forward_forward import ForwardForward
 from onward.algo.forward_only.mono_forward import MonoForward
+from onward.algo.perturbation.forward_gradient import ForwardGradient
+from onward.algo.perturbation.zeroth_order import ZerothOrder
 from onward.algo.reference.backprop import Backprop
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
 from onward.engine import Engine
 from onward.engine.ledger import Flops, LiveBytes, SavedBytes, step_cost
+from onward.hardware.base import Hardware
+from onward.hardware.memory import Affine, Memory, RandomProjection
 from onward.model.mlp import mlp
 
 SPEC = DataSpec("random", "flat", (256,), Classification(10), 1, 1, 1)
@@ -37,6 +41,18 @@ def peak(rule: Rule, depth: int) -> int:
     return live.peak
 
 
+def profiler_peak(engine: Engine, batch: Batch) -> int:
+    """The highest running sum of what torch's profiler saw allocated and freed; workspaces below operators too."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        engine.train_step(batch)
+    running = highest = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        running += event.nbytes()
+        highest = max(highest, running)
+    return highest
+
+
 def test_live_bytes_counts_what_is_alive():
     with LiveBytes() as live:
         a = torch.zeros(1000)  # 4000 bytes
@@ -56,15 +72,7 @@ def test_live_bytes_equals_the_profiler():
     engine.train_step(batch)
     with LiveBytes() as live:
         engine.train_step(batch)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        engine.train_step(batch)
-    running = highest = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        running += event.nbytes()
-        highest = max(highest, running)
-    # the profiler also sees workspaces below the operators
-    assert live.peak == pytest.approx(highest, rel=0.02)
+    assert live.peak == pytest.approx(profiler_peak(engine, batch), rel=0.02)
 
 
 def test_saved_bytes_of_backprop_by_formula():
@@ -134,3 +142,29 @@ def test_measuring_changes_nothing():
     twin.train_step(batch)
     for a, b in zip(engine.model.parameters(), twin.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rule", [Backprop, ForwardForward, ZerothOrder, ForwardGradient])
+@pytest.mark.parametrize("closed", [True, False])
+def test_peak_equals_the_profilers_for_rules_with_and_without_graphs(rule, closed):
+    """Also for tensors that forward mode and perturbations make; eager updates free what they have written."""
+    torch.manual_seed(0)
+    made = rule()
+    engine = Engine(made, made.setup(mlp(SPEC, [256] * 4), SPEC), SPEC, sgd(1e-3), closed_forms=closed)
+    batch = a_random_batch(512)
+    engine.train_step(batch)
+    with LiveBytes() as live:
+        engine.train_step(batch)
+    assert live.peak == pytest.approx(profiler_peak(engine, batch), rel=0.02)
+
+
+def test_peak_equals_the_profilers_where_memory_is_saved():
+    """Codes, masks and sketches too are made of tensors that both see."""
+    memory = Memory(relu="mask", codec=Affine(2), linear=RandomProjection(0.2))
+    torch.manual_seed(0)
+    engine = Engine(Backprop(), mlp(SPEC, [256] * 4), SPEC, sgd(1e-3), hardware=Hardware("memory", memory=memory))
+    batch = a_random_batch(512)
+    engine.train_step(batch)
+    with LiveBytes() as live:
+        engine.train_step(batch)
+    assert live.peak == pytest.approx(profiler_peak(engine, batch), rel=0.02)

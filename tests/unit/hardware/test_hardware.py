@@ -104,7 +104,7 @@ def test_int8_gradients_stay_close_to_exact_ones():
 
 def test_ideal_hardware_is_exactly_the_module():
     assert Hardware().ideal and not Hardware(numerics=Numerics(weight=Int(8))).ideal
-    assert len(ROLES) == 9
+    assert len(ROLES) == 10
 
 
 @pytest.mark.parametrize(("make", "key"), [

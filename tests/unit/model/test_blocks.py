@@ -15,6 +15,8 @@ from torch.func import functional_call, grad, jvp
 
 from onward.errors import ConfigError, Unsupported
 from onward.model.cnn import cnn
+from onward.model.coordinate_net import coordinate_net
+from onward.model.deepfm import deepfm
 from onward.model.gnn import gnn
 from onward.model.locally_connected import locally_connected
 from onward.model.mlp import mlp
@@ -24,7 +26,8 @@ from onward.model.rnn import rnn
 from onward.model.transformer import transformer
 
 MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "mobilenet_v3": mobilenet_v3, "transformer": transformer,
-          "gnn": gnn, "rnn": rnn, "locally_connected": locally_connected}
+          "gnn": gnn, "rnn": rnn, "locally_connected": locally_connected, "deepfm": deepfm,
+          "coordinate_net": coordinate_net}
 CONF = Path(__file__).parents[3] / "conf" / "model"
 
 CASES = [
@@ -48,6 +51,11 @@ CASES = [
     ("transformer", "sequence", {"dim": 8, "depth": 1, "heads": 2, "norm": "rms", "activation": "relu"}),
     ("transformer", "tokens", {"dim": 8, "depth": 2, "heads": 2}),
     ("transformer", "labelled_text", {"dim": 8, "depth": 1, "heads": 1, "norm": "none"}),
+    ("transformer", "tokens", {"dim": 8, "depth": 2, "heads": 2, "granularity": "sublayer"}),
+    ("deepfm", "labelled_text", {"embedding": 3, "widths": [6, 4]}),
+    ("deepfm", "labelled_text", {"embedding": 2, "widths": [6], "norm": "batch", "activation": "tanh"}),
+    ("coordinate_net", "flat", {"features": 5, "widths": [7, 6]}),
+    ("coordinate_net", "flat", {"features": 5, "widths": [7], "scale": 1, "norm": "layer", "activation": "gelu"}),
     ("gnn", "graph", {"layer": "gcn", "widths": [6, 4], "norm": "batch"}),
     ("gnn", "graph", {"layer": "sage", "widths": [6, 4], "norm": "layer"}),
     ("gnn", "graph", {"layer": "gat", "widths": [6, 4], "heads": 2, "activation": "elu"}),
@@ -143,6 +151,8 @@ def test_a_copy_and_a_pickle_compute_the_same(built):
     ("transformer", ["flat", "graph"]),
     ("gnn", ["flat", "image", "sequence", "tokens"]),
     ("rnn", ["flat", "graph"]),
+    ("deepfm", ["flat", "image", "sequence", "graph"]),
+    ("coordinate_net", ["image", "sequence", "tokens", "graph"]),
 ])
 def test_data_that_a_model_cannot_read_are_refused_by_name(name, kinds, make):
     for kind in kinds:
@@ -167,6 +177,13 @@ def test_data_that_a_model_cannot_read_are_refused_by_name(name, kinds, make):
     ("transformer", "image", "patch_size", 3), ("transformer", "image", "patch_size", 0),
     ("transformer", "image", "heads", 5), ("transformer", "sequence", "depth", 0),
     ("transformer", "sequence", "dim", -8), ("transformer", "tokens", "norm", "batch"),
+    ("transformer", "tokens", "granularity", "layer"),
+    ("deepfm", "labelled_text", "embedding", 0), ("deepfm", "labelled_text", "widths", []),
+    ("deepfm", "labelled_text", "norm", "group"), ("deepfm", "labelled_text", "dropout", 1.0),
+    ("deepfm", "labelled_text", "activation", "step"),
+    ("coordinate_net", "flat", "features", 0), ("coordinate_net", "flat", "widths", [0]),
+    *[("coordinate_net", "flat", "scale", bad) for bad in (0, -1.0, float("inf"), "wide", True)],
+    ("coordinate_net", "flat", "activation", "sine"), ("coordinate_net", "flat", "norm", "group"),
     ("gnn", "graph", "layer", "gin"), ("gnn", "graph", "widths", 64), ("gnn", "graph", "norm", "group"),
     ("gnn", "graph", "dropout", "half"),
     ("rnn", "sequence", "cell", "ltsm"), ("rnn", "sequence", "widths", [0]),
@@ -190,4 +207,5 @@ def test_the_config_names_every_argument_and_builds(name, make):
     assert config.pop("_target_") == f"onward.model.{name}.{name}"
     defaults = {k: p.default for k, p in inspect.signature(MODELS[name]).parameters.items() if k != "spec"}
     assert config == {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
-    assert len(MODELS[name](make.graph() if name == "gnn" else make.image(), **config)) >= 1
+    reads = {"gnn": make.graph, "deepfm": make.labelled_text, "coordinate_net": make.flat}
+    assert len(MODELS[name](reads.get(name, make.image)(), **config)) >= 1

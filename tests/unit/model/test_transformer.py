@@ -94,3 +94,24 @@ def test_parameter_count_is_the_pencil_value(make):
     block = (4 * d * d + 4 * d) + (8 * d * d + 5 * d) + 4 * d
     expected = vocabulary * d + steps * d + 3 * block + 2 * d + (d * vocabulary + vocabulary)
     assert sum(p.numel() for p in stack.parameters()) == expected
+
+
+@pytest.mark.parametrize("kind", ["tokens", "image"])
+def test_sublayers_are_the_same_network_cut_in_more_places(make, kind):
+    """Same seed, same weights and scores, to the last bit; only the cuts differ."""
+    spec, stacks = getattr(make, kind)(), {}
+    for granularity in ("block", "sublayer"):
+        torch.manual_seed(3)
+        stacks[granularity] = transformer(spec, dim=8, depth=3, heads=2, dropout=0.5, granularity=granularity)
+    whole, cut = stacks["block"], stacks["sublayer"]
+    assert (len(whole), len(cut)) == (4, 7)
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        assert torch.equal(a, b)
+    x = make.samples(spec, dtype=torch.float32)
+    for mode in (True, False):
+        torch.manual_seed(5)
+        a = whole.train(mode)(x)
+        torch.manual_seed(5)
+        assert torch.equal(a, cut.train(mode)(x))
+    h = whole.blocks[0](x)
+    assert torch.equal(whole.blocks[1](h), cut.blocks[2](cut.blocks[1](h)))

@@ -26,11 +26,17 @@ class LossOracle:
     differ by their parameters alone. Used as a context: parameters are back where they were on leaving.
 
     ``keep``: restore from a copy of the parameters, exact but as large as they are, instead of by
-    subtracting what was added, which rounds.
+    subtracting what was added, which rounds. ``masks``: unit by unit, which entries of its parameters, laid end to
+    end, a direction may move (None: all). ``units``: those that directions move; set anew between estimates after
+    :meth:`restore`.
     """
 
-    def __init__(self, engine: Engine, batch: Batch, distribution: str, *, keep: bool = False):
+    def __init__(self, engine: Engine, batch: Batch, distribution: str, *, keep: bool = False,
+                 masks: Sequence[Tensor | None] | None = None):
         self.engine, self.batch, self.distribution = engine, batch, distribution
+        self.units: Sequence[int] = range(engine.depth + 1)
+        self.masks = masks
+        self.base: Tensor | None = None  # the loss at theta, for rules that compare with it
         self._at: list[tuple[str, float] | None] = [None] * (engine.depth + 1)  # where each unit stands
         self._queried = False
         self._kept: list[list[Tensor]] | None = None
@@ -42,18 +48,25 @@ class LossOracle:
         return self
 
     def __exit__(self, *exc) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Take every unit back to where it was."""
         for i, at in enumerate(self._at):
             if at is not None:
                 self._restore(i, self.direction(at[0], i))
 
     def direction(self, key: str, i: int) -> list[Tensor]:
-        """Unit i's part of the direction ``key``, in the shapes of its parameters: N(0, 1) or +-1 entries."""
+        """Unit i's part of the direction ``key``, in the shapes of its parameters: N(0, 1) or +-1, 0 where masked."""
         params = self.engine.parameters_of(i)
         if not params:
             return []
         stream, sizes, hw = f"direction/{key}/{i}", [p.numel() for p in params], self.engine.hardware
         flat = self.engine.random(stream, lambda g: DRAWS[self.distribution](sum(sizes), params[0].dtype, g))
-        parts = [z.view(p.shape) for z, p in zip(flat.to(params[0].device).split(sizes), params, strict=True)]
+        flat = flat.to(params[0].device)
+        if self.masks is not None and self.masks[i] is not None:
+            flat.mul_(self.masks[i])
+        parts = [hw.sparsity.direction(hw, p, z.view(p.shape)) for z, p in zip(flat.split(sizes), params, strict=True)]
         if not hw.acts_on("perturbation"):
             return parts
         # a source of its own rounds, so that a direction is the same tensor at every call
@@ -61,8 +74,8 @@ class LossOracle:
         return [hw.apply("perturbation", z, source) for z in parts]
 
     def place(self, key: str, scale: float) -> None:
-        """Parameters at ``theta + scale * z(key)``, in place, unit after unit."""
-        for i in range(self.engine.depth + 1):
+        """Parameters of :attr:`units` at ``theta + scale * z(key)``, in place, unit after unit."""
+        for i in self.units:
             self._move(i, key, scale)
 
     def _move(self, i: int, key: str, scale: float) -> None:
@@ -105,11 +118,30 @@ class LossOracle:
         engine, h, dh = self.engine, self.batch.x, None
         with self._query():
             for i in range(engine.depth + 1):
-                tangents = self.direction(key, i)
-                h, dh = engine.jvp(i, h, dh, tangents, self.batch.context)
+                tangents = self.direction(key, i) if i in self.units else []
+                if dh is None and not tangents:  # nothing has moved yet
+                    h = engine.run(i, h, self.batch.context)
+                    continue
+                h, dh = engine.jvp(i, h, dh, tangents or None, self.batch.context)
                 del tangents
         slope = (engine.output_error(h, self.batch) * dh).sum()
         return engine.loss(h, self.batch), engine.average(slope)
+
+    def exact(self, first: int) -> tuple[Tensor, dict[int, list[Tensor]]]:
+        """(loss, exact gradients of unit ``first`` and all after it); only what these need is kept for reverse mode."""
+        engine, h, tapes = self.engine, self.batch.x, []
+        with self._query():
+            for i in range(engine.depth + 1):
+                if i < first:
+                    h = engine.run(i, h, self.batch.context)
+                    continue
+                tapes.append(engine.record(i, h, self.batch.context))
+                h = tapes[-1].output
+        loss, cotangent = engine.loss_and_error(h, self.batch)
+        gradients = {}
+        for i in range(engine.depth, first - 1, -1):
+            gradients[i], cotangent = tapes.pop().vjp(cotangent, inputs=i > first)
+        return engine.average(loss), gradients
 
     def gradients(self, i: int, coefficients: dict[str, Tensor]) -> list[Tensor]:
         """``sum_k c_k z_k`` for unit i; the draw that makes it also takes the unit back to where it was."""
@@ -163,6 +195,7 @@ class Perturbation(Rule):
 
     tier = "Perturbation"
     eager = True
+    tunes = True
 
     def __init__(self, distribution: str = "normal", directions: int = 1):
         super().__init__()

@@ -57,6 +57,8 @@ class Rule(nn.Module):
     # True: no derivative with respect to a block's input is ever asked for, or the rule brings a model of what is
     # there; such a rule trains nets with a physical system before every block
     physical: ClassVar[bool] = False
+    # True: it trains whatever parameters the blocks have, be it none or some of a layer's, as model/tuning leaves them
+    tunes: ClassVar[bool] = False
 
     def supports(self, model: Stack, spec: DataSpec, hardware: Hardware) -> str | None:
         """None, or one sentence saying why this combination means nothing. Called before setup."""

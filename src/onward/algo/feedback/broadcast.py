@@ -21,6 +21,9 @@ class Broadcast(Feedback):
     sends the same signal to all positions. With a target per position every position hears its own vector,
     and every node its own.
 
+    The product is made by ``hardware.device``. A photonic one has matrices of its own, of the same sizes and standard
+    deviations, and then none is kept here.
+
     Args:
         distribution: of the entries, ``uniform`` or ``normal``, mean 0.
         scale: entries are uniform in [-scale, scale) before normalisation; normal ones have the same
@@ -47,11 +50,13 @@ class Broadcast(Feedback):
         self.normalise = choice("algo.normalise", normalise, ("width", "none"))
         self.matrices = choice("algo.matrices", matrices, ("own", "shared"))
         self.positions = choice("algo.positions", positions, ("own", "shared"))
+        self.keeps_matrices = True
 
     def supports(self, model, spec, hardware):
         tied = tied_weights(model)
         if tied is not None:
             return f"{self.name} teaches every block a signal of its own, but {tied} share their weights; untie them."
+        self.keeps_matrices = hardware is None or not hardware.device.projects
         return None
 
     def setup(self, model, spec):
@@ -59,14 +64,18 @@ class Broadcast(Feedback):
         std = self.scale / math.sqrt(3.0)
         outputs = spec.task.n_outputs
         columns = [self._columns(block) for block in model.blocks]
+        fed = [self._fed(block) if self.normalise == "width" else 1 for block in model.blocks]
+        self._sizes = [(n, std / math.sqrt(f)) for n, f in zip(columns, fed, strict=True)]
+        if not self.keeps_matrices:
+            return model
         if self.matrices == "shared":
             common = random_matrix((outputs, max(columns)), self.distribution, std)
             drawn = [common[:, :n].clone() for n in columns]
         else:
             drawn = [random_matrix((outputs, n), self.distribution, std) for n in columns]
-        for i, (block, b) in enumerate(zip(model.blocks, drawn, strict=True)):
-            if self.normalise == "width":
-                b /= math.sqrt(self._fed(block))
+        for i, (f, b) in enumerate(zip(fed, drawn, strict=True)):
+            if f > 1:
+                b /= math.sqrt(f)
             self.register_buffer(f"feedback_{i}", b)
         return model
 
@@ -88,12 +97,14 @@ class Broadcast(Feedback):
         return math.prod(block.out_shape)
 
     def feedback(self, i: int) -> Tensor:
-        """B_i, (outputs, columns)."""
+        """B_i, (outputs, columns); only where this rule keeps it."""
         return getattr(self, f"feedback_{i}")
 
     def project(self, engine, i: int, vectors: Tensor, h: Tensor) -> Tensor:
         """``v B_i`` in the shape of block i's output h."""
-        signal = vectors @ engine.hardware.apply("feedback", self.feedback(i))
+        name = "feedback" if self.matrices == "shared" else f"feedback/{i}"
+        matrix = self.feedback(i) if self.keeps_matrices else None
+        signal = engine.hardware.project(name, vectors, *self._sizes[i], matrix)
         if signal.numel() == h.numel():
             return signal.reshape(h.shape)
         # one signal for all positions of a sample

@@ -61,6 +61,12 @@ class DirectFeedbackAlignment(Broadcast):
         self.inject = inject if isinstance(inject, str) else [int(i) for i in inject]
         self.bottleneck = {int(i): int(n) for i, n in (bottleneck or {}).items()}
 
+    def supports(self, model, spec, hardware):
+        if self.bottleneck and hardware is not None and hardware.device.projects:
+            return ("algo.bottleneck silences columns of matrices that the rule keeps, and hardware.device has its "
+                    "own: use algo.bottleneck=null, or hardware/device=digital")
+        return super().supports(model, spec, hardware)
+
     def setup(self, model, spec):
         super().setup(model, spec)
         valid = f"blocks of this model: 0 to {len(model) - 1}"

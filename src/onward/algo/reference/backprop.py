@@ -24,6 +24,7 @@ class Backprop(Rule):
         control=True,
     )
     tier = "Global"
+    tunes = True
 
     def step(self, engine, batch):
         loss, grads = engine.backward(batch)

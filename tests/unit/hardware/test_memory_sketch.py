@@ -1,0 +1,170 @@
+"""Sketched inputs of linear layers: unbiased by z-score where they claim it, biased where they do not."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onward.errors import ConfigError, Unsupported
+from onward.hardware.linear import EXACT, WeightGradient, linear
+from onward.hardware.memory import RandomProjection, RankOne, RowSampling
+from onward.hardware.memory.sketch import sampled_rows
+
+B, N, M = 64, 12, 5
+UNBIASED = [RandomProjection(0.125), RandomProjection(0.125, "rademacher"), RowSampling(0.125, "uniform", False),
+            RowSampling(0.125, "norm", False), RowSampling(0.125, "norm", True)]
+
+
+@lru_cache
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of very different size, as of different tokens: X (B, N) and G (B, M)."""
+    g = torch.Generator().manual_seed(0)
+
+    def rows(n):
+        scale = torch.exp(torch.randn(B, 1, generator=g, dtype=torch.float64))
+        return scale * torch.randn(B, n, generator=g, dtype=torch.float64)
+
+    return rows(N) + 0.3, rows(M)
+
+
+@lru_cache
+def draws(product: WeightGradient, count: int = 2000) -> torch.Tensor:
+    x, g = problem()
+    return torch.stack([product.estimate(g, product.keep(x, seed), seed) for seed in range(count)])
+
+
+def bias(product: WeightGradient) -> torch.Tensor:
+    """z-scores of the mean estimate against the exact gradient."""
+    x, g = problem()
+    all_ = draws(product)
+    return (all_.mean(0) - g.t() @ x) / (all_.std(0) / len(all_) ** 0.5)
+
+
+def rmse(estimates: torch.Tensor) -> float:
+    x, g = problem()
+    exact = g.t() @ x
+    return ((estimates - exact).square().sum((1, 2)).mean().sqrt() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("product", UNBIASED, ids=str)
+def test_the_mean_over_draws_is_the_exact_gradient(product):
+    z = bias(product)
+    assert z.abs().max() < 4
+    assert z.square().mean() < 2, "sixty scores of a standard normal"
+    assert rmse(draws(product)) > 0.3, "and single draws are not"
+
+
+def test_rank_one_is_biased():
+    x, g = problem()
+    product = RankOne(groups=3)
+    estimate = product.estimate(g, product.keep(x, 0), 0)
+    assert torch.equal(estimate, product.estimate(g, product.keep(x, 1), 1)), "no draw, so that no mean helps"
+    assert (estimate - g.t() @ x).norm() / (g.t() @ x).norm() > 0.3
+    v = F.normalize(x.view(B, 3, 4).mean((0, 1)), dim=0)
+    restored = ((x.view(B, 3, 4) @ v).unsqueeze(-1) * v).view(B, N)
+    assert (estimate - g.t() @ restored).abs().max() < 1e-10
+    assert (RankOne(groups=3, scale=0.5).estimate(g, product.keep(x, 0), 0) - estimate / 2).abs().max() < 1e-12
+
+
+def test_winners_alone_would_be_biased():
+    """The k rows of largest |x| |g|, as they are: nearer to the gradient, and off by the same at every draw."""
+    x, g = problem()
+    rows = (x.norm(dim=1) * g.norm(dim=1)).topk(8).indices
+    assert (g[rows].t() @ x[rows] - g.t() @ x).norm() / (g.t() @ x).norm() > 0.1
+
+
+def test_the_better_the_likelihoods_the_smaller_the_error():
+    x, g = problem()
+    both = x.norm(dim=1) * g.norm(dim=1)
+
+    def sampled(p, winners):
+        out = []
+        for seed in range(1000):
+            rows, weights = sampled_rows(p / p.sum(), 8, winners, seed)
+            out.append((g[rows] * weights[:, None]).t() @ x[rows])
+        return rmse(torch.stack(out))
+
+    winners, both_norms, one_norm, uniform = (sampled(both, True), sampled(both, False), sampled(x.norm(dim=1), False),
+                                              sampled(torch.ones(B, dtype=torch.float64), False))
+    assert winners < both_norms < one_norm < uniform
+    assert winners < 0.95 * both_norms
+    assert rmse(draws(UNBIASED[2])) == pytest.approx(uniform, rel=0.15)
+    assert rmse(draws(UNBIASED[3])) == pytest.approx(one_norm, rel=0.15)
+
+
+def test_winners_are_taken_for_certain_where_they_dominate():
+    p = torch.tensor([0.4, 0.3, 0.1, *[0.02] * 10], dtype=torch.float64)
+    rows, weights = sampled_rows(p, 4, True, 0)
+    assert set(rows[:2].tolist()) == {0, 1} and weights[:2].tolist() == [1.0, 1.0]
+    # (1 - q_c) / (k - c): 1/4, .6/3, .3/2, .2/1 -> c = 2
+    assert weights[2] == pytest.approx(0.3 / (2 * p[rows[2]].item()))
+    even = torch.full((16,), 1 / 16, dtype=torch.float64)
+    assert (sampled_rows(even, 4, True, 0)[1] == 4.0).all(), "among equals there is no winner"
+
+
+@pytest.mark.parametrize("product", [RandomProjection(1.0), RowSampling(1.0), RowSampling(1.0, winners=False)], ids=str)
+def test_with_all_rows_it_is_exact(product):
+    x, g = problem()
+    assert torch.equal(product.estimate(g, product.keep(x, 0), 0), g.t() @ x)
+    rows, weights = sampled_rows(torch.full((B,), 1 / B), B, True, 0)
+    assert rows.tolist() == list(range(B)) and (weights == 1).all()
+
+
+@pytest.mark.parametrize("product", [EXACT, *UNBIASED, RankOne(groups=3)], ids=lambda p: type(p).__name__)
+def test_only_the_weights_gradient_is_estimated(product):
+    x, g = problem()
+    x3 = x.view(8, 8, N)
+    weight = torch.randn(M, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    bias = torch.zeros(M, dtype=torch.float64)
+
+    def grads(function):
+        leaves = [t.clone().requires_grad_() for t in (x3, weight, bias)]
+        y = function(*leaves)
+        return y, torch.autograd.grad(y, leaves, g.view(8, 8, M))
+
+    y, (dx, dw, db) = grads(lambda *a: linear(*a, product=product, seed=5))
+    y_, (dx_, dw_, db_) = grads(F.linear)
+    assert torch.equal(y, y_)
+    assert (dx - dx_).abs().max() < 1e-12 and (db - db_).abs().max() < 1e-12
+    assert (dw - product.estimate(g, product.keep(x, 5), 5)).abs().max() < 1e-12
+    assert ((dw - dw_).abs().max() < 1e-12) == (product is EXACT)
+
+
+def test_vmap_of_an_exact_linear_layer_equals_a_loop():
+    x, g = problem()
+    weights = torch.randn(3, M, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def gradient(w):
+        return torch.func.grad(lambda w: (linear(x, w) * g).sum())(w)
+
+    together = torch.func.vmap(gradient)(weights)
+    assert (together - torch.stack([gradient(w) for w in weights])).abs().max() < 1e-12
+
+
+def test_what_is_kept_of_an_input_by_pencil():
+    x = torch.randn(100, 64)
+
+    def size(product):
+        return sum(k.nbytes for k in product.keep(x, 0))
+
+    assert size(RandomProjection(0.1)) == 10 * 64 * 4
+    assert size(RowSampling(0.1)) == 10 * 64 * 4 + 10 * 4
+    assert size(RankOne(groups=4)) == 100 * 4 * 4 + 16 * 4
+
+
+@pytest.mark.parametrize(("make", "key"), [
+    (lambda: RandomProjection(0.0), "ratio"), (lambda: RandomProjection(1.5), "ratio"),
+    (lambda: RandomProjection(kind="dct"), "kind"), (lambda: RowSampling(-1), "ratio"),
+    (lambda: RowSampling(by="loss"), "by"), (lambda: RankOne(0), "groups"), (lambda: RankOne(scale=0), "scale")])
+def test_bad_values_name_their_key(make, key):
+    with pytest.raises(ConfigError) as e:
+        make()
+    assert e.value.key == f"hardware.memory.linear.{key}" and e.value.valid
+
+
+def test_pieces_that_do_not_divide_a_row_are_refused_with_the_number():
+    with pytest.raises(Unsupported, match=r"groups=5 does not divide the 12 inputs.*such as 1"):
+        RankOne(groups=5).keep(torch.randn(4, 12), 0)

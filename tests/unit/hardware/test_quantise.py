@@ -1,0 +1,46 @@
+"""scripts/quantise.py: a trained run under formats, by its own readout."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from onward import cli
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def quantise():
+    spec = importlib.util.spec_from_file_location("quantise", ROOT / "scripts" / "quantise.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_under_formats(quantise, tmp_path, monkeypatch, capsys):
+    """float32 gives the run's own test figure; fewer bits, fewer decibels; two bits do harm."""
+    monkeypatch.setenv("ONWARD_OUTPUTS", str(tmp_path))
+    folder = tmp_path / "run"
+    assert cli.main(["algo=backprop", "model.widths=[64]", "trainer.max_epochs=4", "optimizer.lr=1e-2", "seed=3",
+                     "tracking=off", "probe=none", "trainer.progress=none", f"hydra.run.dir={folder}"]) == 0
+    reported = re.search(r"test accuracy\s+([\d.]+)", capsys.readouterr().out)
+    assert quantise.main([str(folder), "--numerics", "int8,fp8_e4m3,mxfp4,ternary"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert list(rows) == ["exact", "int8", "fp8_e4m3", "mxfp4", "ternary"]
+    figure = {name: float(row[2]) for name, row in rows.items()}
+    assert figure["exact"] == pytest.approx(float(reported[1]), abs=0.005)
+    assert figure["exact"] > 90 and abs(figure["int8"] - figure["exact"]) < 1
+    decibels = [float(rows[name][-3]) for name in ("int8", "fp8_e4m3", "mxfp4", "ternary")]
+    assert decibels == sorted(decibels, reverse=True) and decibels[0] > 35
+    assert [row[-1] for row in rows.values()] == ["15.3x", "1.0x", "2.8x", "2.8x", "3.0x"]
+
+
+def test_bad_input_names_what_is_wrong(quantise, tmp_path, capsys):
+    assert quantise.main([str(tmp_path)]) == 1
+    assert "the folder of a run, with its config.yaml" in capsys.readouterr().err
+    assert quantise.main([str(tmp_path), "--numerics", "int9"]) == 1
+    assert "--numerics='int9'" in capsys.readouterr().err
