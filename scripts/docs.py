@@ -43,7 +43,8 @@ from onward.samples import FAMILIES, composed, family, model, optimizer, rule
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "one update of an MLP 64-128-128-128-10 at batch 64, with the rule's own optimizer"
-KEPT = {"benchmark.md", "compare.md", "hardware_matrix.md", "scaling_laws.md", "server.md", "sweeps.md"}
+KEPT = {"benchmark.md", "compare.md", "coordinates_or_directions.md", "federated.md", "hardware_matrix.md",
+        "scaling_laws.md", "server.md", "sweeps.md"}
 KEPT_FOLDER = "comparison/"  # an example that scripts/compare.py wrote
 NOT_RUN = "not run yet"
 

@@ -17,6 +17,7 @@ from onward.engine.locality import audit, classify
 from onward.errors import ConfigError
 from onward.hardware.base import Hardware, Numerics
 from onward.hardware.formats import Int
+from onward.hardware.noise import Gaussian, Noise
 from onward.model.cnn import cnn
 from onward.model.gnn import gnn
 from onward.model.mlp import mlp
@@ -263,3 +264,13 @@ def test_bad_arguments_name_the_key(arguments, key):
 def test_locality_is_as_declared():
     found = audit(make_engine(DeepZero(), widths=(16, 16)), a_batch())
     assert classify(**found) == DeepZero.info.locality == "global"
+
+
+def test_noise_of_every_read_and_reused_passes_are_refused():
+    spec, _ = family("flat")
+    net = mlp(spec, (8,))
+    noisy = {resample: Hardware("n", noise=Noise(weight=Gaussian(0.02, resample=resample)))
+             for resample in ("read", "step")}
+    assert "algo.reuse=false" in DeepZero().supports(net, spec, noisy["read"])
+    assert DeepZero().supports(net, spec, noisy["step"]) is None
+    assert DeepZero(reuse=False).supports(net, spec, noisy["read"]) is None

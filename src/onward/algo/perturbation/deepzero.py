@@ -109,6 +109,11 @@ class DeepZero(Rule):
                 for role in ("weight", "activation", "input")):
             return ("stochastic rounding gives every pass of a step the same noise from its start, and passes that "
                     "begin in the middle would meet another: use algo.reuse=false")
+        if self.reuse and hardware is not None and any(
+                getattr(getattr(hardware.noise, site), "resample", "step") == "read"
+                for site in ("weight", "activation", "input")):
+            return ("noise drawn anew at every read follows the passes of a step from its start, and passes that begin "
+                    "in the middle would meet another: use algo.reuse=false, or hardware.noise.*.resample=step")
         return None
 
     def setup(self, model, spec):
