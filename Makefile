@@ -48,7 +48,7 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("onward needs Python 3.11 or newer; make PYTHON=python3.12 chooses one" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned packages into $(VENV), torch first (a few minutes once)"
-	$(PIP) torch==2.13.0 $$($(BIN)/python -m pip config list | grep -q find-links || \
+	$(PIP) torch==2.13.0 $$($(BIN)/python -m pip config list | grep find-links >/dev/null || \
 	    echo --extra-index-url https://download.pytorch.org/whl/cpu)
 	$(PIP) hatchling
 	$(PIP) --no-build-isolation -e .

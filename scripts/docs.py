@@ -364,9 +364,13 @@ HARDWARE_GROUPS = (
 
 
 def _formats(cls: type) -> list[type]:
-    """Every number format that is public."""
+    """Every public number format of the package."""
     below = [found for child in cls.__subclasses__() for found in _formats(child)]
-    return [*([] if cls is formats.NumberFormat or cls.__name__.startswith("_") else [cls]), *below]
+    return [*([] if cls is formats.NumberFormat or not _public(cls) else [cls]), *below]
+
+
+def _public(cls: type) -> bool:
+    return cls.__module__.startswith("onward.") and not cls.__name__.startswith("_")
 
 
 def data_page() -> str:

@@ -88,11 +88,12 @@ def quick_overrides(name: str) -> list[str]:
 def read(folder: Path) -> tuple[str, dict[str, float], list[tuple[int, float]]]:
     """The metric the run is selected by, last values of all metrics, and the validation curve by epoch."""
     lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line)["metrics"] for line in lines]
-    last = {key: value for values in rows for key, value in values.items()}
+    rows = [json.loads(line) for line in lines]
+    last = {key: value for row in rows for key, value in row["metrics"].items()}
     metric = next(key.removeprefix("best/val/") for key in last if key.startswith("best/val/"))
-    curve = [(int(values["epoch"]), values[f"val/{metric}"]) for values in rows
-             if "epoch" in values and f"val/{metric}" in values]
+    updates = max(row["step"] for row in rows) / last["epoch"]
+    curve = [(round(row["step"] / updates), row["metrics"][f"val/{metric}"]) for row in rows
+             if f"val/{metric}" in row["metrics"]]
     return metric, last, curve
 
 

@@ -69,7 +69,13 @@ class Parts:
     engine: Engine
     probes: list
     settings: TrainerSettings
+    steps_per_epoch: int
     total_steps: int
+
+    @property
+    def window(self) -> int:
+        """Updates of one point of a training curve."""
+        return window_length(self.total_steps, self.steps_per_epoch)
 
 
 def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
@@ -122,7 +128,7 @@ def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
         batch = next(iter(data.loader("train", seed).batches()))
         refuse_excess_memory(engine, batch)
         refuse_idle_settings(engine, batch)
-    return Parts(data, spec, rule, model, hardware, engine, probes, settings, total)
+    return Parts(data, spec, rule, model, hardware, engine, probes, settings, n_batches, total)
 
 
 def refuse(rule: Rule, model: Stack, spec: DataSpec, hardware: Hardware) -> str | None:
@@ -262,7 +268,7 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     """
     settings, task, runtime = parts.settings, parts.spec.task, parts.hardware.runtime
     module = ExperimentModule(parts.engine, log=run.log, probes=parts.probes, max_steps=settings.max_steps,
-                              window=window_length(parts.total_steps), identity=identity)
+                              window=parts.window, identity=identity)
     metric, mode = f"val/{task.metric}", "max" if task.maximise else "min"
     saver, *others = savers(run_dir / "checkpoints", metric, mode)
     callbacks: list[Any] = [Progress(settings.progress, metric, parts.total_steps)]
@@ -299,6 +305,8 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
         evaluator.test(module, RankedLoader(parts.data, "test", seed, 1), verbose=False)
         results |= {k: v for k, v in module.results.items() if k.startswith("test/")}
     results |= {
+        "epoch": float(module.epoch),
+        "samples": float(module.samples),
         "seconds": round(module.train_seconds, 4),
         "seconds/total": round(time.perf_counter() - started, 4),
         "memory/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,

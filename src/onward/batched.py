@@ -20,7 +20,7 @@ from onward.data.base import BatchLoader
 from onward.data.spec import Batch
 from onward.engine.batched import BatchedEngine, stack
 from onward.errors import Diverged, Unsupported
-from onward.metrics import Meters, Window, named, require_finite, window_length
+from onward.metrics import Meters, Window, named, require_finite
 from onward.tracking.run import Run
 
 log = logging.getLogger(__name__)
@@ -110,13 +110,13 @@ class _Training:
         self.task, self.settings = self.parts.spec.task, self.parts.settings
         self.engine = BatchedEngine([lane.parts.engine for lane in lanes])
         self.meters = [Meters(self.task, lane.parts.rule.has_logits) for lane in lanes]
-        self.window, self.every = Window(), window_length(self.parts.total_steps)
+        self.window, self.every = Window(), self.parts.window
         self.best: list[float | None] = [None] * len(lanes)
         self.kept = {n: t.clone() for n, t in self.engine.state().items()}
         self.means: list[dict[str, float]] = [{} for _ in lanes]
         self.validated = False
         self.seconds = 0.0
-        self.samples = 0
+        self.samples = self.epoch = 0
 
     def run(self) -> list[Outcome | Diverged]:
         began = time.perf_counter()
@@ -125,11 +125,11 @@ class _Training:
             if epoch == 0:
                 self._watch(first_epoch_over=True)
             if (epoch + 1) % self.settings.validate_every == 0:
-                self._validate(epoch)
+                self._validate()
             if done:
                 break
         if not self.validated:
-            self._validate(epoch)
+            self._validate()
         for name, value in self.engine.state().items():
             value.copy_(self.kept[name])
         tests = self._evaluate("test") if self.settings.test else [({}, "")] * len(self.lanes)
@@ -141,6 +141,7 @@ class _Training:
     def _epoch(self, epoch: int) -> bool:
         """One pass through the training split; True where ``max_steps`` ended the run."""
         started = time.perf_counter()
+        self.epoch = epoch + 1
         for batch in _batches([lane.parts.data.loader("train", lane.parts.engine.seed) for lane in self.lanes], epoch):
             step = self.engine.step_index
             self._probe(step, batch)
@@ -206,11 +207,10 @@ class _Training:
                 meter.update({name: s[k] for name, s in scores.items()}, batch)
         return [(meter.finish(split), meter.primary) for meter in self.meters]
 
-    def _validate(self, epoch: int) -> None:
+    def _validate(self) -> None:
         self.validated = True
         found, key = self._evaluate("val"), f"val/{self.task.metric}"
-        spent = {"seconds": round(self.seconds / len(self.lanes), 4), "samples": float(self.samples),
-                 "epoch": float(epoch + 1)}
+        spent = {"seconds": round(self.seconds / len(self.lanes), 4)}
         better = []
         for k in self._alive():
             metrics, _ = found[k]
@@ -228,7 +228,8 @@ class _Training:
         if self.settings.checkpoint:
             self._save(lane, run, engine)
         share = len(self.lanes)
-        run.log({f"best/{metric}": self.best[k], **tested, "seconds": round(self.seconds / share, 4),
+        run.log({f"best/{metric}": self.best[k], **tested, "epoch": float(self.epoch), "samples": float(self.samples),
+                 "seconds": round(self.seconds / share, 4),
                  "seconds/total": round(total / share, 4),
                  "memory/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0},
                 self.engine.step_index)

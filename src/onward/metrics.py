@@ -13,9 +13,13 @@ from onward.data.task import Task
 from onward.errors import Diverged
 
 
-def window_length(total_steps: int) -> int:
-    """Updates whose mean is one point of a curve: about 200 points a run, none of fewer than ten updates."""
-    return max(10, total_steps // 200)
+def window_length(total_steps: int, steps_per_epoch: int) -> int:
+    """Updates whose mean is one point of a curve: about 200 points a run, of equal parts of an epoch.
+
+    At least ten updates where an epoch has them: a last point of one or two would be noise.
+    """
+    points = max(1, steps_per_epoch // max(10, total_steps // 200))
+    return math.ceil(steps_per_epoch / points)
 
 
 class Window:

@@ -163,8 +163,7 @@ class ExperimentModule(pl.LightningModule):
     def on_validation_epoch_end(self):
         metrics = self._finish_evaluation("val")
         self._flush()
-        spent = {"seconds": round(self.train_seconds, 4), "samples": float(self.samples)}
-        self.log_metrics({**metrics, **spent, "epoch": float(self.epoch)}, self.engine.step_index)
+        self.log_metrics({**metrics, "seconds": round(self.train_seconds, 4)}, self.engine.step_index)
         key = f"val/{self.engine.task.metric}"
         value = metrics[key]
         require_finite({key: value}, self.engine.step_index)

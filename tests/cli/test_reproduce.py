@@ -60,9 +60,10 @@ def reproduce(tmp_path, monkeypatch):
 def finish(folder: Path, figure: float, extra: list[str]) -> None:
     """What a finished run leaves behind."""
     folder.mkdir(parents=True)
-    rows = [{"val/accuracy": 0.9, "epoch": 1.0}, {"val/accuracy": 0.95, "epoch": 2.0},
-            {"best/val/accuracy": 0.95, "test/accuracy": figure, "test/accuracy/linear": 0.9, "seconds": 3.0}]
-    lines = [json.dumps({"time": 0, "step": i, "metrics": row}) for i, row in enumerate(rows)]
+    last = {"best/val/accuracy": 0.95, "test/accuracy": figure, "test/accuracy/linear": 0.9, "seconds": 3.0,
+            "epoch": 2.0}
+    rows = [(50, {"val/accuracy": 0.9}), (100, {"val/accuracy": 0.95}), (100, last)]
+    lines = [json.dumps({"time": 0, "step": step, "metrics": row}) for step, row in rows]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "environment.json").write_text(json.dumps({"cpu": "A Chip", "torch_threads": 1, "devices": []}))
     (folder / "reproduced.json").write_text(json.dumps({"commit": "abc1234", "extra": extra}))

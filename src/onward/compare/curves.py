@@ -98,6 +98,9 @@ def _positions(axis: Axis, run: Record, steps: Sequence[int], history: History, 
     logged = history(run, axis.key)
     if all(step in logged for step in steps):
         return [logged[step] for step in steps]
+    if axis.key == "samples" and logged:  # counted at the end of a run: updates take equally many
+        last = max(logged)
+        return [logged[last] * step / last for step in steps]
     # runs of older versions logged only the total, or nothing
     if axis.key == "seconds" and "seconds" in run.metrics:
         rough.add(axis.key)

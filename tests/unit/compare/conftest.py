@@ -55,12 +55,14 @@ class Writer:
             cost = {"cost/peak_bytes": peak, "cost/forward_passes": 2.0, "cost/flops": flops, "model/energy_j": joules}
             run.log({k: v for k, v in cost.items() if v is not None}, 1)
             for epoch, value in enumerate(values, 1):
-                spent = {"seconds": seconds * epoch / len(values), "samples": 320.0 * epoch} if per_epoch else {}
-                run.log({f"val/{metric}": value, "epoch": float(epoch), **spent}, UPDATES * epoch)
+                spent = {"seconds": seconds * epoch / len(values)} if per_epoch else {}
+                run.log({f"val/{metric}": value, **spent}, UPDATES * epoch)
             if error is not None:
                 raise error
             if figure is not None:
                 best = max(values) if goal == "max" else min(values)
+                if per_epoch:
+                    run.log({"samples": 320.0 * len(values)}, UPDATES * len(values))
                 run.log({f"best/val/{metric}": best, f"test/{metric}": figure, "seconds": seconds,
                          "memory/peak_rss_bytes": 4e8}, UPDATES * len(values))
                 run.set_tags({"readout": readout})
