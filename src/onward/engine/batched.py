@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class BatchedEngine:
                            for n, _ in self._pair.named_parameters()}
         self.buffers = {n: torch.stack([dict(p.named_buffers())[n] for p in pairs])
                         for n, _ in self._pair.named_buffers()}
+        self._places = _Places(self._pair)
         self._updates = _LaneUpdates(self._chains(), self.size)
         self._lane = _Lane(first, [e.seed for e in engines], self._updates)
         self._losses = torch.zeros(self.size, first.depth)
@@ -80,7 +82,8 @@ class BatchedEngine:
         def step(parameters, buffers, tensors, losses):
             lane.block_losses = losses
             one = Batch(**tensors, rows=batch.rows, total=batch.total)
-            return functional_call(self._pair, {**parameters, **buffers}, (lane, one, "step"))
+            with self._places.holding({**parameters, **buffers}):
+                return self._pair(lane, one, "step")
 
         self._updates.begin_step(self.step_index)
         with torch.no_grad():
@@ -94,7 +97,8 @@ class BatchedEngine:
         lane = self._lane
 
         def predict(parameters, buffers):
-            return functional_call(self._pair, {**parameters, **buffers}, (lane, batch.unlabelled(), "predict"))
+            with self._places.holding({**parameters, **buffers}):
+                return self._pair(lane, batch.unlabelled(), "predict")
 
         with lane.inference():
             return vmap(predict, randomness="same")(self.parameters, self.buffers)
@@ -145,6 +149,28 @@ def stack(batches: Sequence[Batch]) -> Batch:
 
 def _rate(engine: Engine) -> float:
     return next((g["lr"] for o in engine.updates.optimizers.values() for g in o.param_groups), 0.0)
+
+
+class _Places:
+    """Where a module's tensors are kept, found once: ``functional_call`` looks for them at every call."""
+
+    def __init__(self, module: nn.Module):
+        names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
+        self._places = [(held, key, names[id(tensor)]) for part in module.modules()
+                        for held in (part._parameters, part._buffers)
+                        for key, tensor in held.items() if tensor is not None]
+
+    @contextmanager
+    def holding(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """The module computes with these tensors, by name, instead of its own."""
+        own = [held[key] for held, key, _ in self._places]
+        for held, key, name in self._places:
+            held[key] = tensors[name]
+        try:
+            yield
+        finally:
+            for (held, key, _), tensor in zip(self._places, own, strict=True):
+                held[key] = tensor
 
 
 class _Pair(nn.Module):
