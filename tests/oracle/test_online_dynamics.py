@@ -10,6 +10,8 @@ from support import make_engine, sgd
 
 from onward.algo.feedback.adaptive_feedback_alignment import AdaptiveFeedbackAlignment
 from onward.algo.feedback.pepita import Pepita
+from onward.app import assemble
+from onward.compose import compose
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Regression
 from onward.data.teacher_student import TeacherStudent
@@ -179,8 +181,13 @@ def test_training_follows_the_prediction(rule, tolerance):
 ])
 def test_what_the_equations_do_not_cover_is_refused(rule, model, word):
     engine = make_engine(rule(), model=mlp(SPEC, (HIDDEN,), **model), spec=SPEC, optimizer=sgd(0.01))
-    with pytest.raises(Unsupported, match=word):
-        OnlineDynamics(TEACHER).measure(engine, Batch(torch.zeros(1, INPUTS), torch.zeros(1, 1), total=1))
+    assert word in OnlineDynamics(TEACHER).supports(engine)
+
+
+def test_a_run_that_the_equations_do_not_cover_is_refused_before_it_begins():
+    with pytest.raises(Unsupported, match="needs optimizer=sgd without momentum"):
+        assemble(compose(["experiment=srinivasan2024_adaptive_feedback_alignment_teacher_student", "optimizer=adam",
+                          "optimizer.lr=0.01", "data.samples=500"]))
 
 
 def test_other_optimizers_and_teachers_are_refused():
@@ -188,11 +195,10 @@ def test_other_optimizers_and_teachers_are_refused():
         return make_engine(Pepita(), model=mlp(SPEC, (HIDDEN,), activation="erf", bias=False), spec=SPEC,
                            optimizer=optimizer)
 
-    batch = Batch(torch.zeros(1, INPUTS), torch.zeros(1, 1), total=1)
-    with pytest.raises(Unsupported, match="optimizer=sgd"):
-        OnlineDynamics(TEACHER).measure(engine(sgd(0.01, momentum=0.9)), batch)
-    with pytest.raises(Unsupported, match=r"data.activation=erf"):
-        OnlineDynamics(TeacherStudent(inputs=INPUTS, outputs=1)).measure(engine(sgd(0.01)), batch)
+    assert OnlineDynamics(TEACHER).supports(engine(sgd(0.01))) is None
+    assert "optimizer=sgd" in OnlineDynamics(TEACHER).supports(engine(sgd(0.01, momentum=0.9)))
+    other = OnlineDynamics(TeacherStudent(inputs=INPUTS, outputs=1))
+    assert "data.activation=erf" in other.supports(engine(sgd(0.01)))
 
 
 def test_committee_teacher_is_the_sum_of_its_units():

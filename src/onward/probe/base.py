@@ -31,6 +31,10 @@ class Probe:
             return step == self.start
         return step >= self.start and (step - self.start) % self.every == 0
 
+    def supports(self, engine: Engine) -> str | None:
+        """None, or one sentence on why this engine cannot be measured; asked before the run begins."""
+        return None
+
     def measure(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Metrics by full name, such as ``cost/flops``. Must leave engine and batch as they were."""
         raise NotImplementedError

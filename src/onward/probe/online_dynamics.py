@@ -9,7 +9,6 @@ from onward.algo.feedback.adaptive_feedback_alignment import AdaptiveFeedbackAli
 from onward.algo.feedback.pepita import Pepita
 from onward.data.teacher_student import TeacherStudent
 from onward.engine.engine import Engine
-from onward.errors import Unsupported
 from onward.model.base import Dense
 from onward.probe.base import Probe
 from onward.probe.dynamics import Law, OrderParameters, predict
@@ -27,8 +26,6 @@ class OnlineDynamics(Probe):
         teacher: the data, for the teacher's weights.
         start: update of the first measurement.
         every: updates between measurements.
-    Raises:
-        Unsupported: (when it is first due) another rule, model, optimizer or teacher.
     """
 
     def __init__(self, teacher: TeacherStudent, start: int = 0, every: int | None = 500):
@@ -52,7 +49,6 @@ class OnlineDynamics(Probe):
 
     def order_parameters(self, engine: Engine) -> OrderParameters:
         """Those of the student as it is."""
-        self._check(engine)
 
         def numbers(t: torch.Tensor) -> np.ndarray:
             return t.detach().double().cpu().numpy()
@@ -65,33 +61,34 @@ class OnlineDynamics(Probe):
     @staticmethod
     def law(engine: Engine, batch_size: int) -> Law:
         """What the rule's options and the optimizer mean for the equations."""
-        rule, eta = engine.rule, _sgd_rate(engine) * engine.spec.n_inputs
+        rule, eta = engine.rule, _optimizer(engine).param_groups[0]["initial_lr"] * engine.spec.n_inputs
         if isinstance(rule, Pepita):
             return Law(eta, batch_size, rule.factor, rule.output_error)
         return Law(eta, batch_size)
 
-    def _check(self, engine: Engine) -> None:
-        """Raise Unsupported unless the equations are those of this run."""
+    def supports(self, engine: Engine) -> str | None:
+        """None if the equations are those of this run."""
         rule, blocks, data = engine.rule, engine.model.blocks, self.teacher
         plain = isinstance(rule, Pepita) and rule.limit() is not None and rule.kind == "direct"
         if not (isinstance(rule, AdaptiveFeedbackAlignment) or plain):
-            raise Unsupported("probe=online_dynamics knows the equations of adaptive_feedback_alignment and of "
-                              "pepita with update=difference, feedback=direct and normalise=none only")
+            return ("probe=online_dynamics knows the equations of adaptive_feedback_alignment and of "
+                    "pepita with update=difference, feedback=direct and normalise=none only")
         if len(blocks) != 1 or not isinstance(blocks[0], Dense) or blocks[0].activation_name != "erf" \
                 or not blocks[0].plain or blocks[0].linear.bias is not None:
-            raise Unsupported("probe=online_dynamics needs one hidden layer of erf units: model=mlp "
-                              "model.widths=[2] model.activation=erf model.bias=false")
+            return ("probe=online_dynamics needs one hidden layer of erf units: model=mlp "
+                    "model.widths=[2] model.activation=erf model.bias=false")
         if len(data.widths) != 3 or data.widths[-1] != 1 or data.activation != "erf":
-            raise Unsupported("probe=online_dynamics needs a teacher of one hidden layer and one output: "
-                              "data.teacher=[2] data.outputs=1 data.activation=erf")
+            return ("probe=online_dynamics needs a teacher of one hidden layer and one output: "
+                    "data.teacher=[2] data.outputs=1 data.activation=erf")
         if data.noise > 0:
-            raise Unsupported("probe=online_dynamics has no equations for noisy targets: data.noise=0")
+            return "probe=online_dynamics has no equations for noisy targets: data.noise=0"
+        optimizer = _optimizer(engine)
+        group = optimizer.param_groups[0]
+        if not isinstance(optimizer, torch.optim.SGD) or group["momentum"] or group["weight_decay"]:
+            return "probe=online_dynamics needs optimizer=sgd without momentum and weight decay"
+        return None
 
 
-def _sgd_rate(engine: Engine) -> float:
-    """The rate of plain SGD."""
-    (optimizer, *_) = engine.updates.optimizers.values()
-    group = optimizer.param_groups[0]
-    if not isinstance(optimizer, torch.optim.SGD) or group["momentum"] or group["weight_decay"]:
-        raise Unsupported("probe=online_dynamics needs optimizer=sgd without momentum and weight decay")
-    return group["initial_lr"]
+def _optimizer(engine: Engine) -> torch.optim.Optimizer:
+    (first, *_) = engine.updates.optimizers.values()
+    return first
