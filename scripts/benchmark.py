@@ -32,12 +32,14 @@ from onward.algo.perturbation.forward_gradient import ForwardGradient
 from onward.algo.perturbation.zeroth_order import ZerothOrder
 from onward.algo.reference.backprop import Backprop
 from onward.allocator import keep_freed_memory
+from onward.catalogue import options
 from onward.data.base import BatchLoader, Split
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
 from onward.engine import Engine
 from onward.engine.ledger import LiveBytes
 from onward.model.mlp import mlp
+from onward.samples import rule
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = (784, 500, 500, 500)
@@ -501,6 +503,11 @@ def table_memory(t: Table, rounds: int) -> None:
         at64[name] = peaks[-1]
         constant = "" if name in ("backprop", "direct_feedback_alignment") else "equal"
         t.row(name, " / ".join(f"{p / 1024:.0f}" for p in peaks), constant)
+    for name in options("algo"):
+        found = rule(name)
+        if found.info.locality == "block" and name not in MEMORY and not found.physical:
+            few, many = (peak_bytes(lambda name=name: rule(name), d) for d in (4, 64))
+            t.row(f"{name}: depth 64 / depth 4", f"{many / few:.2f}", "<= 1.10")
     t.row("zeroth_order / inference at depth 64", f"{at64['zeroth_order'] / at64['inference']:.2f}", "<= 1.05")
     t.row("backprop / mono_forward at depth 64", f"{at64['backprop'] / at64['mono_forward']:.1f}", ">= 20")
     t.row("backprop / forward_forward at depth 64", f"{at64['backprop'] / at64['forward_forward']:.1f}", ">= 10")

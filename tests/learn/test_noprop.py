@@ -25,15 +25,16 @@ def trained(rule, epochs=EPOCHS, lr=1e-2):
 
 @lru_cache
 def noprop(**changes):
-    return trained(NoProp(**SMALL, **changes))
+    # at 1e-2 what a single seed reaches differs by ten points
+    return trained(NoProp(**SMALL, **changes), epochs=10, lr=3e-3)
 
 
 class FrozenBlocks(NoProp):
     """The same net and chain; only the output head learns."""
 
     def step(self, engine, batch):
-        noise = self.noise(engine, batch, "noprop/train")
-        loss, _ = engine.train_readout(self.noised(self.steps, self.codes.weight[batch.y], noise[:, -1]), batch)
+        noise = self.noise(engine, batch, f"noprop/train/{self.steps}")
+        loss, _ = engine.train_readout(self.noised(self.steps, self.codes.weight[batch.y], noise), batch)
         return {"loss": loss}
 
 
@@ -58,17 +59,17 @@ def floor() -> float:
 
 
 @pytest.mark.parametrize(("changes", "bar"), [
-    ({}, 0.88),
-    ({"embedding": "learned"}, 0.87),
-    ({"embedding": "prototype"}, 0.86),
-    ({"norm": "layer"}, 0.83),
+    ({}, 0.92),
+    ({"embedding": "learned"}, 0.89),
+    ({"embedding": "prototype"}, 0.91),
+    ({"norm": "layer"}, 0.88),
 ], ids=str)
 def test_blocks_trained_apart_classify_together(floor, changes, bar):
     engine = noprop(**changes)
     reached = accuracy(engine)
     assert reached >= bar
     assert reached - floor >= 0.25
-    assert accuracy(engine, readout="mean_chain") >= bar + 0.02
+    assert accuracy(engine, readout="mean_chain") >= bar + 0.01
     more = NoProp(**SMALL, runs=5, **changes)
     averaged = make_engine(more, widths=WIDTHS)
     averaged.model.load_state_dict(engine.model.state_dict())

@@ -96,7 +96,7 @@ def test_a_sampled_chain_of_perfect_denoisers_has_the_moments_of_q(schedule):
     engine = make_engine(rule, widths=(5,), dtype=torch.float64)
     y = torch.arange(n) % 10
     u = rule.codes.weight[y]
-    noise = rule.noise(engine, Batch(torch.zeros(n, 64, dtype=torch.float64), total=n), "tests/chain")
+    noise = rule.noise(engine, Batch(torch.zeros(n, 64, dtype=torch.float64), total=n), "tests/chain", steps + 1)
     # the chain starts from N(0, I): start it from q(z_0|y) instead, so that every marginal is exact
     noise[:, 0] = rule.noised(0, u, noise[:, 0])
     seen = []
@@ -143,11 +143,11 @@ def test_kl_is_that_of_torch_distributions():
 def total_losses(engine, batch, codes):
     """L_t of every block as Algorithm 1 states it, as a graph in all parameters and the label embedding."""
     rule = engine.rule
-    noise = rule.noise(engine, batch, "noprop/train")
+    noise = [rule.noise(engine, batch, f"noprop/train/{t}") for t in range(rule.steps + 1)]
     u = codes[batch.y]
 
     def sample(t):
-        return rule.abar[t] ** 0.5 * u + (1 - rule.abar[t]) ** 0.5 * noise[:, t]
+        return rule.abar[t] ** 0.5 * u + (1 - rule.abar[t]) ** 0.5 * noise[t]
 
     out = engine.model.readout.linear
     ce = torch.nn.functional.cross_entropy(sample(rule.steps) @ out.weight.T + out.bias, batch.y)
@@ -252,7 +252,7 @@ def test_readouts_sampled_averaged_and_noise_free():
     batch = a_batch(12, torch.float64).unlabelled()
 
     def single(run: int) -> torch.Tensor:
-        noise = engine.rule.noise(engine, batch, f"noprop/chain/{run}")
+        noise = engine.rule.noise(engine, batch, f"noprop/chain/{run}", engine.rule.steps + 1)
         return torch.softmax(engine.run(3, engine.rule.chain(engine.run, batch.x, noise)), -1)
 
     with engine.inference():
@@ -273,7 +273,7 @@ def test_chain_is_the_equation_written_out():
     rule, batch = engine.rule, a_batch(5, torch.float64)
     w = rule.codes.weight.detach()
     with engine.inference():
-        eps = rule.noise(engine, batch, "tests")
+        eps = rule.noise(engine, batch, "tests", rule.steps + 1)
         z = eps[:, 0]
         for t in range(1, 4):
             abar, below = rule.abar[t], rule.abar[t - 1]
@@ -312,11 +312,11 @@ def test_a_run_too_short_to_train_every_block_is_refused(schedule):
 def test_noise_is_cut_from_the_global_batch():
     """Two processes draw what one would: their rows of the same numbers."""
     engine, whole = engine_of(), a_batch(8, torch.float64)
-    full = engine.rule.noise(engine, whole, "noprop/train")
+    full = engine.rule.noise(engine, whole, "noprop/train", 4)
     assert full.shape == (8, 4, 10)
     for rows in (slice(0, 4), slice(4, 8)):
         part = Batch(whole.x[rows], whole.y[rows], rows=rows, total=8)
-        assert torch.equal(engine.rule.noise(engine, part, "noprop/train"), full[rows])
+        assert torch.equal(engine.rule.noise(engine, part, "noprop/train", 4), full[rows])
 
 
 # ---------------------------------------------------------------------- the stack

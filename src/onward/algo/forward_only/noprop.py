@@ -169,13 +169,12 @@ class NoProp(BlockLocal):
             match(engine.model.readout, self.codes.weight)
         codes, y, active = self.codes.weight.detach(), batch.y, self.active(engine)
         u = codes[y]
-        noise = self.noise(engine, batch, "noprop/train")
         learned = self.codes.trained
         towards = torch.zeros_like(codes)  # gradient of the mean of L_t with respect to W
         metrics: dict[str, Tensor] = {}
         for i in active:
             # data and noise come from outside, so that they enter every block in the input's format
-            entered = self.state(self.noised(i, u, noise[:, i]), batch.x)
+            entered = self.state(self.noised(i, u, self.noise(engine, batch, f"noprop/train/{i}")), batch.x)
             entered = engine.hardware.apply("input", entered) if i else entered
             tape = engine.record(i, entered)
             loss, cotangent, _ = self.local_gradient(i, tape.output, batch)
@@ -189,7 +188,8 @@ class NoProp(BlockLocal):
                 towards.index_add_(0, y, math.sqrt(self.abar[i]) * dz - wrong)
             metrics[f"block/{i}/loss"] = loss
             del tape, cotangent, grads, back
-        tape = engine.record(engine.depth, self.noised(self.steps, u, noise[:, self.steps]))
+        last = self.noise(engine, batch, f"noprop/train/{self.steps}")
+        tape = engine.record(engine.depth, self.noised(self.steps, u, last))
         grads, dz = tape.vjp(engine.output_error(tape.output, batch), inputs=learned)
         engine.update(engine.depth, grads)
         if learned:
@@ -201,9 +201,9 @@ class NoProp(BlockLocal):
         metrics["loss"] = metrics["readout/loss"] + self.diffusion.kl(u).mean() + denoising
         return metrics
 
-    def noise(self, engine, batch, stream: str) -> Tensor:
-        """Standard normal draws of every sample for t = 0 .. T, (B, T+1, d)."""
-        shape, like = (self.steps + 1, self.codes.dim), self.codes.weight
+    def noise(self, engine, batch, stream: str, *times: int) -> Tensor:
+        """Standard normal draws of every sample, (B, *times, d)."""
+        shape, like = (*times, self.codes.dim), self.codes.weight
         drawn = engine.draw(stream, batch, lambda n, g: torch.randn(n, *shape, generator=g, dtype=like.dtype))
         return drawn.to(like.device)
 
@@ -230,6 +230,6 @@ class NoProp(BlockLocal):
         def scores(noise: Tensor | None) -> Tensor:
             return engine.run(engine.depth, self.chain(engine.run, batch.x, noise))
 
-        sampled = [scores(self.noise(engine, batch, f"noprop/chain/{r}")) for r in range(self.runs)]
+        sampled = [scores(self.noise(engine, batch, f"noprop/chain/{r}", self.steps + 1)) for r in range(self.runs)]
         readouts = {"chain": mean_class(sampled), "mean_chain": scores(None)}
         return {self.readout: readouts.pop(self.readout), **readouts}
