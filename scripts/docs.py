@@ -43,8 +43,11 @@ from onward.samples import FAMILIES, composed, family, model, optimizer, rule
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "one update of an MLP 64-128-128-128-10 at batch 64, with the rule's own optimizer"
-KEPT = {"benchmark.md", "compare.md", "coordinates_or_directions.md", "federated.md", "hardware_matrix.md",
-        "scaling_laws.md", "server.md", "sweeps.md"}
+KEPT = {"alignment.md", "benchmark.md", "benchmark_sweep.md", "compare.md", "continual.md",
+        "coordinates_or_directions.md", "federated.md", "hardware_bits.md", "hardware_matrix.md", "hardware_noise.md",
+        "questions.md", "scaling_laws.md", "server.md", "sweeps.md"}
+#: pages that scripts/hardware.py has written, or will
+CURVES = {"hardware_noise.md": "accuracy against noise", "hardware_bits.md": "accuracy against bits"}
 KEPT_FOLDER = "comparison/"  # an example that scripts/compare.py wrote
 NOT_RUN = "not run yet"
 
@@ -347,7 +350,8 @@ def hardware_page() -> str:
                    "where a run happens, its number formats by tensor role, its noise, what it keeps for the backward "
                    "pass, and which weights take part. A setting that nothing in an update passes through is refused "
                    "before the run, unless `hardware.strict=false`. What each does to eight rules: [rules on emulated "
-                   "hardware](hardware_matrix.md)."),
+                   "hardware](hardware_matrix.md)" + "".join(f", [{title}]({page})" for page, title in CURVES.items()
+                                                             if (ROOT / "docs" / page).is_file()) + "."),
         group_page("## Real devices", "hardware/runtime", "The part of a device that runs: `hardware.runtime`."),
         *(group_page(f"## {title}", f"hardware/{group}", line) for group, title, line in HARDWARE_GROUPS),
         "## Formats", "", "`hardware.numerics.<role>` is one of these, or null for exact.", "",
@@ -360,6 +364,8 @@ HARDWARE_GROUPS = (
     ("memory", "Memory", "What is kept for the backward pass, and how: `hardware.memory`."),
     ("sparsity", "Sparsity", "Which numbers take part in which pass: `hardware.sparsity`."),
     ("device", "Devices", "Where an operation is done: `hardware.device`."),
+    ("cost", "Energy", "What operations would cost, in picojoules, for the metric `model/energy_j` and comparisons by "
+                       "modelled joules: `hardware.cost`."),
 )
 
 
@@ -382,7 +388,11 @@ def data_page() -> str:
     rows = [[f"{data}: {f.name}", f"<{f.address}>" + (f" has {f.replaced}" if f.replaced else ""), f"`{f.digest}`",
              f.terms]
             for data, files in FILES.items() for f in files.values()]
-    return page + "\n".join(["", "## Published files", "", *table(["file", "address", "hash", "terms"], rows), ""])
+    methods = group_page("## Tasks one after another", "continual", "What is done against forgetting where "
+                         "`data=split_*` or `permuted_*` give one task after another: [what runs "
+                         "showed](continual.md).")
+    files = ["## Published files", "", *table(["file", "address", "hash", "terms"], rows), ""]
+    return page + "\n".join(["", methods, *files])
 
 
 def experiment_lines(e: dict) -> list[str]:

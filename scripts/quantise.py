@@ -105,7 +105,8 @@ def table(folder: Path, names: list[str], split: str) -> None:
     state = read_checkpoint(path, key="RUN")["state_dict"]
     for prefix, module in (("model.", parts.engine.model), ("rule.", parts.engine.rule)):
         module.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
-    byte = joules_per_product(Hardware(numerics=Numerics(weight=Int(8), activation=Int(8))))
+    eight = Numerics(weight=Int(8), activation=Int(8))
+    byte = joules_per_product(replace(parts.hardware, numerics=eight, strict=False))
     metric, scale = parts.spec.task.metric, 100 if parts.spec.task.classification else 1
     unit = " %" if scale == 100 else ""
     print(f"{'numerics':<18} {'bits w/a':>9} {split + '/' + metric:>16} {'change':>9} {'weights':>10} {'energy':>8}")

@@ -27,12 +27,13 @@ from onward.algo.base import Rule
 from onward.allocator import keep_freed_memory
 from onward.checkpoint import Resumed, load_pretrained, read_checkpoint, resume_config
 from onward.config import TrainerSettings, build, config_hash
+from onward.continual.course import Course, course_of
 from onward.data.base import DataSet
 from onward.data.fingerprint import fingerprint
 from onward.data.spec import DataSpec
 from onward.engine import Engine
 from onward.engine.budget import refuse_excess_memory
-from onward.engine.fit import unfit
+from onward.engine.fit import refuse_lone_samples, unfit
 from onward.engine.trial import refuse_idle_settings
 from onward.errors import ConfigError, Unsupported
 from onward.hardware.base import Hardware
@@ -71,6 +72,7 @@ class Parts:
     settings: TrainerSettings
     steps_per_epoch: int
     total_steps: int
+    course: Course | None = None
 
     @property
     def window(self) -> int:
@@ -114,6 +116,7 @@ def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
         model = hardware.sparsity.prepare(model)
         torch.default_generator.manual_seed(derive(seed, 0, "init/rule"))
         model = rule.setup(model, spec)
+        refuse_lone_samples(model, spec, data.batch_size)
     world = hardware.runtime.devices
     n_batches = len(data.loader("train", seed, 0, world))
     total = n_batches * settings.max_epochs
@@ -128,7 +131,12 @@ def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
         batch = next(iter(data.loader("train", seed).batches()))
         refuse_excess_memory(engine, batch)
         refuse_idle_settings(engine, batch)
-    return Parts(data, spec, rule, model, hardware, engine, probes, settings, n_batches, total)
+    method = build(cfg.continual, key="continual") if cfg.get("continual") else None
+    course = course_of(method, engine, data, settings.max_epochs)
+    for probe in probes:
+        if (refusal := probe.supports(engine)) is not None:
+            raise Unsupported(refusal)
+    return Parts(data, spec, rule, model, hardware, engine, probes, settings, n_batches, total, course)
 
 
 def refuse(rule: Rule, model: Stack, spec: DataSpec, hardware: Hardware) -> str | None:
@@ -262,13 +270,13 @@ def given_name(cfg: DictConfig, choices: dict[str, str]) -> str:
 
 def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[str, str],
         identity: dict[str, str], checkpoint: Path | None) -> tuple[float, dict[str, float]]:
-    """The Trainer around the rule: fit, then test the checkpoint that validation selected.
+    """The Trainer around the rule: fit, then test the checkpoint that validation selected, or what the last task left.
 
-    Returns the validation figure that selected it, and the results of the run.
+    Returns the validation figure of what is tested, and the results of the run.
     """
     settings, task, runtime = parts.settings, parts.spec.task, parts.hardware.runtime
     module = ExperimentModule(parts.engine, log=run.log, probes=parts.probes, max_steps=settings.max_steps,
-                              window=parts.window, identity=identity)
+                              window=parts.window, identity=identity, course=parts.course)
     metric, mode = f"val/{task.metric}", "max" if task.maximise else "min"
     saver, *others = savers(run_dir / "checkpoints", metric, mode)
     callbacks: list[Any] = [Progress(settings.progress, metric, parts.total_steps)]
@@ -295,12 +303,15 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     if metric not in trainer.callback_metrics:  # the run ended before its first validation
         evaluator.validate(module, RankedLoader(parts.data, "val", seed, 1), verbose=False)
     selected = round(float({**evaluator.callback_metrics, **trainer.callback_metrics}[metric]), 6)
-    if best:
+    if best and parts.course is None:  # a learner of one task after another cannot go back
         state = read_checkpoint(Path(best))
         module.load_state_dict(state["state_dict"])
         parts.hardware.load_state_dict(state["onward"]["engine"].get("hardware", {}))
         selected = round(float(saver.best_model_score), 6) if saver.best_model_score is not None else selected
     results = {f"best/{metric}": selected}
+    if parts.course is not None:
+        results |= parts.course.finish(parts.engine)
+        run.text("tasks.csv", parts.course.table())
     if settings.test:
         evaluator.test(module, RankedLoader(parts.data, "test", seed, 1), verbose=False)
         results |= {k: v for k, v in module.results.items() if k.startswith("test/")}
@@ -392,7 +403,11 @@ def parameters(cfg: DictConfig, choices: dict[str, str], overrides: list[str], p
     shown: dict[str, Any] = {k: choices[k] for k in RUN_CHOICES}
     shown["seed"] = cfg.seed
     shown["tuning"] = choices.get("tuning", "full")
-    for group in ("algo", "optimizer", "model", "tuning"):
+    groups = ["algo", "optimizer", "model", "tuning"]
+    if parts.course is not None:
+        shown["continual"] = choices.get("continual", "none")
+        groups.append("continual")
+    for group in groups:
         for key, value in OmegaConf.to_container(cfg.get(group) or OmegaConf.create({}), resolve=True).items():
             if not key.startswith("_"):
                 shown[f"{group}.{key}"] = value

@@ -48,6 +48,8 @@ def refuse(lanes: Sequence[Lane]) -> str | None:
         return "trainer.patience ends every run at a time of its own"
     if settings.profile is not None:
         return "trainer.profile looks at one run"
+    if lanes[0].parts.course is not None:
+        return "tasks that come one after another are measured, and kept, between two of them"
     if lanes[0].parts.spec.stream:
         return "a stream is evaluated as it is learnt"
     batches = [next(iter(lane.parts.data.loader("train", lane.parts.engine.seed).batches())) for lane in lanes]
@@ -254,7 +256,8 @@ def _batches(loaders: Sequence[BatchLoader], epoch: int) -> Iterator[Batch]:
     for loader in loaders:
         loader.set_epoch(epoch)
     orders = [loader.order() for loader in loaders]
-    if any(loader.split is not split for loader in loaders) or orders[0] is None:
+    if any(loader.split is not split for loader in loaders) or orders[0] is None or \
+            split.drawn(loaders[0].seed, epoch) is not split:
         for several in zip(*(loader.batches() for loader in loaders), strict=True):
             yield stack(several)
         return

@@ -20,7 +20,7 @@ from onward.tracking.run import TrackingSettings, find_run_directory
 log = logging.getLogger("onward")
 
 VALID = "a run id, a run directory, or a checkpoint that onward wrote (<run>/checkpoints/last.ckpt)"
-GROUPS = ("algo", "model", "tuning", "data", "hardware", "optimizer", "schedule", "trainer", "probe")
+GROUPS = ("algo", "model", "tuning", "data", "continual", "hardware", "optimizer", "schedule", "trainer", "probe")
 
 
 @dataclass(frozen=True)

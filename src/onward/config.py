@@ -22,7 +22,7 @@ ALLOWED = ("onward", "torch", "pytorch_lightning", "torchmetrics")
 
 #: Keys of the root config: the groups that must be there, those that may be empty, and plain values.
 GROUPS = ("hardware", "data", "model", "optimizer", "schedule", "trainer", "tracking", "algo")
-OPTIONAL = ("probe", "sweep", "tuning")
+OPTIONAL = ("probe", "sweep", "tuning", "continual")
 VALUES = ("seed", "name", "resume", "pretrained", "search", "reported", "obtained", "paths")
 
 #: What does not change what a run computes, and is left out of :func:`config_hash`.
@@ -30,8 +30,8 @@ NOT_HASHED = frozenset({"seed", "name", "resume", "search", "reported", "obtaine
                         "sweep", "hydra"})
 NOT_HASHED_TRAINER = frozenset({"progress", "profile"})
 
-#: The scheme that freezes nothing, as if no scheme were named.
-UNTUNED = "onward.model.tuning.Full"
+#: Choices that do nothing, as if their group were not named: a scheme that freezes nothing, no memory of earlier tasks.
+NOTHING = {"tuning": "onward.model.tuning.Full", "continual": "onward.continual.base.FineTuning"}
 
 T = TypeVar("T")
 
@@ -126,7 +126,7 @@ def _shown(cfg: DictConfig, key: object) -> object:
 
 
 def config_hash(cfg: DictConfig, *, with_seed: bool = False) -> str:
-    """SHA-256 of what a run computes: the resolved config without seed, name, tracking and paths.
+    """SHA-256 of what a run computes: the resolved config without seed, name, tracking, paths and the device's cost.
 
     Runs that differ in the seed alone share it (a run's group); ``with_seed`` tells them apart. ``1`` and
     ``1.0`` hash alike, and the order of keys does not matter.
@@ -134,10 +134,12 @@ def config_hash(cfg: DictConfig, *, with_seed: bool = False) -> str:
     content = {}
     for key in cfg:
         if key in NOT_HASHED or (key == "pretrained" and cfg[key] is None) or \
-                (key == "tuning" and cfg[key]["_target_"] == UNTUNED):
+                (key in NOTHING and cfg[key]["_target_"] == NOTHING[key]):
             continue
         node = cfg[key]
         content[str(key)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if isinstance(content.get("hardware"), dict):  # what a device would cost changes nothing that is computed
+        content["hardware"] = {k: v for k, v in content["hardware"].items() if k != "cost"}
     if isinstance(content.get("trainer"), dict):
         content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in NOT_HASHED_TRAINER}
     if with_seed:
@@ -250,6 +252,12 @@ def _plain(node: Mapping | None, key: str) -> dict:
 def _call(target: Callable, args: tuple, kwargs: dict, key: str) -> Any:
     try:
         return target(*args, **kwargs)
+    except ConfigError as error:
+        # what may stand in several places, as a number format may, does not know in which one it stands
+        name = error.key.rpartition(".")[2]
+        if name not in kwargs or error.key.partition(".")[0] != key.partition(".")[0]:
+            raise
+        raise type(error)(f"{key}.{name}", error.value, error.valid) from None
     except ValueError as error:
         # a library's constructor refuses a value in its own words; in our own code this is a defect
         if (getattr(target, "__module__", None) or "").split(".")[0] == "onward":

@@ -17,6 +17,7 @@ TITLES = {
     "model": "models",
     "tuning": "fine-tuning schemes: which parameters learn",
     "data": "data sets",
+    "continual": "what is done against forgetting, task after task",
     "hardware": "real and emulated hardware",
     "optimizer": "optimizers",
     "schedule": "learning-rate schedules",

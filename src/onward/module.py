@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning.profilers import Profiler
 from torch import Tensor, nn
 
+from onward.continual.course import Course
 from onward.data.spec import Batch
 from onward.engine import Engine
 from onward.metrics import Meters, Window, named, require_finite
@@ -56,7 +57,7 @@ class ExperimentModule(pl.LightningModule):
     """
 
     def __init__(self, engine: Engine, *, log: Log, probes: Sequence[Probe] = (), window: int = 50,
-                 max_steps: int = -1, identity: dict[str, str] | None = None):
+                 max_steps: int = -1, identity: dict[str, str] | None = None, course: Course | None = None):
         super().__init__()
         self.automatic_optimization = False
         self.engine = engine
@@ -64,6 +65,7 @@ class ExperimentModule(pl.LightningModule):
         self.log_metrics, self.probes = log, list(probes)
         self.window, self.max_steps = max(window, 1), max_steps
         self.identity = identity or {}
+        self.course = course
         self.train_seconds = 0.0
         self.samples = 0
         self.epoch = 0
@@ -93,11 +95,15 @@ class ExperimentModule(pl.LightningModule):
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.current_epoch)
         self.epoch = self.current_epoch + 1  # Lightning counts on when fit ends, before a validation after it
+        if self.course is not None and (found := self.course.begin_epoch(self.engine, self.current_epoch)):
+            self.log_metrics(found, self.engine.step_index)
         self._resumed_at = time.perf_counter()
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int):
         engine = self.engine
         for part in batch if isinstance(batch, list) else (batch,):
+            if self.course is not None:
+                part = self.course.mix(engine, part)
             for probe in self.probes:
                 if probe.due(engine.step_index):
                     self._probe(probe, part)
@@ -126,6 +132,7 @@ class ExperimentModule(pl.LightningModule):
             self.rule.watch(self._means)
 
     def on_train_epoch_end(self):
+        self._pause()  # an epoch may end without a validation
         self._flush()
         if self.current_epoch == 0:
             self.rule.watch(self._means, first_epoch_over=True)

@@ -25,7 +25,12 @@ def run_table(run: Run, task: Task, n_parameters: int, results: dict[str, float]
                   title_style="bold")
     if figure is not None:
         shown = f"{100 * figure:.2f} %" if task.metric == "accuracy" else f"{figure:.4f}"
-        table.add_row(f"test {task.metric}", f"{shown}   (readout: {run.tag('readout')}, selected on validation)")
+        when = "at the end" if "tasks/accuracy" in results else "selected on validation"
+        table.add_row(f"test {task.metric}", f"{shown}   (readout: {run.tag('readout')}, {when})")
+    if "tasks/forgetting" in results:
+        table.add_row("over tasks", f"{100 * results['tasks/accuracy']:.2f} % at the end, "
+                                    f"{100 * results['tasks/learning_accuracy']:.2f} % when just learnt, "
+                                    f"forgetting {100 * results['tasks/forgetting']:.2f} points")
     table.add_row("parameters", f"{n_parameters:,}")
     table.add_row("training", f"{results['seconds']:.1f} s, without evaluation")
     peak = run.latest("cost/peak_bytes")

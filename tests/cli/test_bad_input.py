@@ -24,7 +24,7 @@ CASES = [
     ("experiment=nothing_like_it", "experiment='nothing_like_it' is not valid: no such option; "),
     (
         "optimzer=adam",
-        "optimzer='adam' is not valid: no such key; did you mean 'optimizer'? valid: algo, data, ",
+        "optimzer='adam' is not valid: no such key; did you mean 'optimizer'? valid: algo, continual, data, ",
     ),
     ("optimzer.lr=1", "optimzer.lr='1' is not valid: no such key; did you mean 'optimizer'?"),
     (
@@ -124,7 +124,7 @@ def test_a_broken_file_of_the_user_is_named(onward, calls, overlay, outputs):
     result = onward("--config-dir", str(folder), "algo=typo")
     assert message(result) == (
         "optimiser={'lr': 1} is not valid: no such key; did you mean 'optimizer'? valid: "
-        "algo, data, hardware, model, name, obtained, optimizer, paths, pretrained, probe, reported, "
+        "algo, continual, data, hardware, model, name, obtained, optimizer, paths, pretrained, probe, reported, "
         "resume, schedule, search, seed, sweep, tracking, trainer, tuning"
     )
     folder = overlay(

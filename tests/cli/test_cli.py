@@ -64,9 +64,10 @@ def test_help_lists_every_file_with_its_first_line(onward):
 
 def test_help_puts_learning_rules_first_and_nested_groups_after_their_parent(onward):
     headings = re.findall(r"^([\w/]+)=   ", onward("-h").out, re.MULTILINE)
-    assert headings[:5] == ["algo", "model", "tuning", "data", "hardware"]
-    assert headings[5:11] == [f"hardware/{part}" for part in
-                              ("device", "memory", "noise", "numerics", "runtime", "sparsity")]
+    assert headings[:5] == ["algo", "model", "tuning", "data", "continual"]
+    assert headings[5] == "hardware"
+    assert headings[6:13] == [f"hardware/{part}" for part in
+                              ("cost", "device", "memory", "noise", "numerics", "runtime", "sparsity")]
 
 
 def test_help_shows_the_users_own_files(onward, overlay):

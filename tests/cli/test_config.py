@@ -128,6 +128,7 @@ def test_root_keys_are_those_that_are_checked(outputs):
         "hydra",
         "hardware",
         "data",
+        "continual",
         "model",
         "tuning",
         "optimizer",

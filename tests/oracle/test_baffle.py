@@ -322,6 +322,15 @@ def test_what_cannot_be_divided_is_refused_before_compute():
     assert "model.norm" in Baffle().supports(mlp(spec, (4,), norm="batch"), spec, None)
 
 
+def test_a_perturbation_below_the_weights_step_is_warned_of_with_numbers(caplog):
+    hw = Hardware("int4", numerics=Numerics(weight=Int(4, "tensor")))
+    make_engine(Baffle(1e-4, clients=2), widths=(12,), hardware=hw).train_step(a_batch(16))
+    assert "algo.sigma=0.0001 is below the step" in caplog.text
+    caplog.clear()
+    make_engine(Baffle(1e-4, clients=2), widths=(12,)).train_step(a_batch(16))
+    assert not caplog.text
+
+
 def test_a_loss_that_is_not_finite_names_the_client_and_the_key():
     engine = make_engine(Baffle(clients=4), widths=(6,))
     batch = a_batch(16)

@@ -14,7 +14,7 @@ from onward.algo.perturbation.coordinates import CoordinateOracle, runs_together
 from onward.algo.perturbation.deepzero import DeepZero, apportion
 from onward.engine import Engine
 from onward.engine.locality import audit, classify
-from onward.errors import ConfigError
+from onward.errors import ConfigError, Diverged
 from onward.hardware.base import Hardware, Numerics
 from onward.hardware.formats import Int
 from onward.hardware.noise import Gaussian, Noise
@@ -235,16 +235,14 @@ def test_more_coordinates_than_the_budget_are_refused_with_the_numbers():
     assert DeepZero(budget=64).supports(net, spec, None) is None
 
 
-def test_stochastic_rounding_with_reuse_is_refused():
-    spec = digits()[0]
-    rounding = Hardware("rounding", numerics=Numerics(activation=Int(8, "tensor", "stochastic")))
-    net = mlp(spec, (12,))
-    assert "algo.reuse=false" in DeepZero().supports(net, spec, rounding)
-    assert DeepZero(reuse=False).supports(net, spec, rounding) is None
-
-
-def test_int8_reuse_gives_identical_numbers():
-    hw = Hardware("int8", numerics=Numerics(weight=Int(8, "channel"), activation=Int(8), input=Int(8)))
+@pytest.mark.parametrize("hw", [
+    *(Hardware("int8", numerics=Numerics(weight=Int(8, "channel", rounding), activation=Int(8, "tensor", rounding),
+                                         input=Int(8, "tensor", rounding))) for rounding in ("nearest", "stochastic")),
+    *(Hardware("noisy", noise=Noise(weight=Gaussian(0.02, resample=when), activation=Gaussian(0.01, resample=when)))
+      for when in ("step", "read")),
+], ids=["nearest", "stochastic", "step", "read"])
+def test_emulated_reuse_gives_identical_numbers(hw):
+    """Rounding and noise draw along a pass; a pass that begins in the middle meets what a whole one would there."""
     engine, batch = engine_for("cnn", "image", {}, hardware=hw)
     assert torch.equal(all_losses(engine, batch, reuse=True, parallel=1),
                        all_losses(engine, batch, reuse=False, parallel=1))
@@ -266,11 +264,23 @@ def test_locality_is_as_declared():
     assert classify(**found) == DeepZero.info.locality == "global"
 
 
-def test_noise_of_every_read_and_reused_passes_are_refused():
-    spec, _ = family("flat")
-    net = mlp(spec, (8,))
-    noisy = {resample: Hardware("n", noise=Noise(weight=Gaussian(0.02, resample=resample)))
-             for resample in ("read", "step")}
-    assert "algo.reuse=false" in DeepZero().supports(net, spec, noisy["read"])
-    assert DeepZero().supports(net, spec, noisy["step"]) is None
-    assert DeepZero(reuse=False).supports(net, spec, noisy["read"]) is None
+def test_a_perturbation_below_the_weights_step_is_warned_of_with_numbers(caplog):
+    hw = Hardware("int4", numerics=Numerics(weight=Int(4, "tensor")))
+    engine = make_engine(DeepZero(1e-4), widths=(12,), hardware=hw)
+    engine.train_step(a_batch(16))
+    assert "algo.mu=0.0001 is below the step" in caplog.text and "% of them do not move" in caplog.text
+    caplog.clear()
+    engine.train_step(a_batch(16))
+    make_engine(DeepZero(1e-4), widths=(12,)).train_step(a_batch(16))
+    assert not caplog.text
+
+
+def test_a_loss_that_is_not_finite_names_the_key():
+    engine = make_engine(DeepZero(), widths=(12,))
+    batch = a_batch(16)
+    batch = replace(batch, x=batch.x.clone())
+    batch.x[3] = float("inf")
+    before = copy.deepcopy(list(engine.model.parameters()))
+    with pytest.raises(Diverged, match=r"algo\.mu"):
+        engine.train_step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from onward.algo.perturbation.fzoos import MOST, FZooS
 from onward.data.spec import Batch
 from onward.engine.locality import audit, classify
 from onward.engine.schedule import Cosine
-from onward.errors import ConfigError
+from onward.errors import ConfigError, Diverged
 from onward.model.mlp import mlp
 from onward.samples import family, model
 
@@ -311,3 +312,12 @@ def test_a_stream_is_dealt_out_anew():
         owners.append(engine.rule.federation.owners(engine, Batch(x[:20], y[:20], total=20)))
         assert torch.bincount(owners[-1]).tolist() == [5, 5, 5, 5]
     assert not torch.equal(*owners)
+
+
+def test_a_loss_that_is_not_finite_names_the_client():
+    engine = make_engine(FZooS(dimensions=4, clients=2), widths=(6,))
+    batch = a_batch(16)
+    batch = replace(batch, x=batch.x.clone())
+    batch.x[3] = float("inf")
+    with pytest.raises(Diverged, match=r"client [01] is not finite"):
+        engine.train_step(batch)

@@ -77,6 +77,50 @@ def loss_at(engine: Engine, batch: Batch, theta: torch.Tensor) -> torch.Tensor:
     return engine.task.loss(twin(batch.x), batch)
 
 
+# ---------------------------------------------------------------------- history
+
+
+def test_history_follows_its_recursion():
+    rule = ZerothOrder(1e-4, history=0.8)
+    engine, batch = small(rule)
+    h = None
+    for t in range(3):
+        z = torch.cat(direction(engine, batch, rule))
+        theta = values(engine)
+        slope = (loss_at(engine, batch, theta + 1e-4 * z) - loss_at(engine, batch, theta - 1e-4 * z)) / 2e-4
+        h = z if t == 0 else 0.8 * h + 0.2 * z
+        torch.testing.assert_close(flat(gradients(engine, batch)), slope * h, rtol=1e-6, atol=1e-8)
+
+
+def test_history_shrinks_the_mean_and_adds_noise_along_old_directions():
+    """E[s h] = (1 - a) E[s z] for independent directions: z-scores over many draws at one history."""
+    a, n = 0.7, 4000
+    rule = ZerothOrder(1e-4, history=a)
+    engine, batch = small(rule)
+    sizes = [sum(p.numel() for p in engine.parameters_of(i)) for i in range(3)]
+    kept = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1), dtype=F64).split(sizes)
+    rows = []
+    for t in range(n):
+        engine.step_index = t + 1
+        for i, h in enumerate(kept):
+            getattr(rule, f"history{i}").copy_(h)
+        rows.append(flat(gradients(engine, batch)))
+    found, g = torch.stack(rows), torch.cat(exact(engine, batch))
+    z = (found.mean(0) - (1 - a) * g) / (found.std(0) / n**0.5)
+    assert z.abs().max() < 4.5
+    # along h: a^2 |h|^2 E s^2 with E s^2 = |grad|^2, and (1 - a)^2 |grad|^2 or so from z
+    length = torch.cat(kept).norm()
+    assert (found @ (torch.cat(kept) / length)).var() > 0.8 * (a * length * g.norm()) ** 2
+
+
+@pytest.mark.parametrize("changes", [{"directions": 2}, {"step": "conservative"}])
+def test_history_remembers_one_direction_of_every_update(changes):
+    with pytest.raises(ConfigError, match=r"algo\.history=0.5.*one direction of every update"):
+        ZerothOrder(history=0.5, **changes)
+    with pytest.raises(ConfigError, match=r"algo\.history=1.0.*share"):
+        ZerothOrder(history=1.0)
+
+
 # ---------------------------------------------------------------------- bias and variance
 
 def size(units: list[torch.Tensor]) -> int:

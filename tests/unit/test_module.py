@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -143,6 +145,24 @@ def test_alignment_of_backprop_with_itself_is_one(tmp_path):
     figures = Alignment().measure(engine, next(iter(train)))
     assert len(figures) == 2 * 4
     assert all(v == pytest.approx(1.0, abs=1e-5) for v in figures.values())
+
+
+@pytest.mark.parametrize("validate_every", [1, 4])
+def test_seconds_are_those_of_all_epochs_validated_or_not(validate_every, tmp_path):
+    engine = engine_for("backprop")
+    step = engine.train_step
+
+    def slow(batch):
+        time.sleep(0.02)
+        return step(batch)
+
+    engine.train_step = slow
+    module = ExperimentModule(engine, log=lambda *_: None)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=4, logger=False, check_val_every_n_epoch=validate_every,
+                         default_root_dir=tmp_path, enable_checkpointing=False, enable_progress_bar=False,
+                         enable_model_summary=False, num_sanity_val_steps=0)
+    trainer.fit(module, *loaders())
+    assert module.train_seconds > 12 * 0.02
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 truncated"])

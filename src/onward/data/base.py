@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ class Split:
     mask: Tensor | None = None
     context: Graph | None = None
     pairs: Tensor | None = None
+
+    #: False where the rows of an epoch are not those of the split, so that their places are no numbers of samples
+    numbered: ClassVar[bool] = True
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples of one epoch."""
+        return len(self.x)
 
     def drawn(self, seed: int, epoch: int) -> Split:
         """The split as this epoch sees it: itself, unless a part of it is drawn anew in every epoch."""
@@ -121,7 +130,7 @@ class BatchLoader:
 
     @property
     def n_batches(self) -> int:
-        return 1 if self.whole else math.ceil(len(self.split.x) / self.batch_size)
+        return 1 if self.whole else math.ceil(self.split.epoch_size / self.batch_size)
 
     def __len__(self) -> int:
         return math.ceil(self.n_batches / self.updates_per_step)
@@ -145,7 +154,7 @@ class BatchLoader:
         """This epoch's permutation of the samples; None where they come as they lie."""
         if not self.shuffle:
             return None
-        return torch.randperm(len(self.split.x), generator=generator(self.seed, self.epoch, "data/order"))
+        return torch.randperm(self.split.epoch_size, generator=generator(self.seed, self.epoch, "data/order"))
 
     def batches(self) -> Iterator[Batch]:
         s = self.split.drawn(self.seed, self.epoch)
@@ -169,8 +178,8 @@ class BatchLoader:
                 yield Batch(s.x[lo:hi], s.y[lo:hi], rows=rows, total=total)
             else:
                 index = order[lo:hi]
-                yield Batch(s.x.index_select(0, index), s.y.index_select(0, index), index=index,
-                            rows=rows, total=total)
+                yield Batch(s.x.index_select(0, index), s.y.index_select(0, index),
+                            index=index if self.split.numbered else None, rows=rows, total=total)
 
 
 def hold_out(n: int, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:

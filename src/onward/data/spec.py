@@ -21,6 +21,8 @@ class DataSpec:
     ``input_shape`` is the shape of one sample without the batch axis: ``flat`` (D,), ``image``
     (C, H, W), ``sequence`` (T, D), ``tokens`` (T,) of integers below ``vocabulary``, and ``graph``
     (D,), where the batch axis is the node axis and the edges travel in ``Batch.context``.
+
+    ``stream``: samples come in the order of time. ``tasks``: how many tasks are learnt one after another.
     """
 
     name: str
@@ -33,6 +35,7 @@ class DataSpec:
     value_range: tuple[float, float] | None = None
     vocabulary: int | None = None
     stream: bool = False
+    tasks: int = 1
 
     @property
     def n_inputs(self) -> int:

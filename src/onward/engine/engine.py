@@ -214,8 +214,8 @@ class Engine:
     def inference(self):
         """Modules in evaluation mode and no graph, restored on leaving; noise is that of the step, from its start."""
         training = self.model.training
+        self.hardware.evaluate(True)
         self._begin_hardware_step()
-        self.hardware.evaluating = True
         self.hardware.begin_update()
         self.model.eval()
         self.rule.eval()
@@ -223,7 +223,7 @@ class Engine:
             with torch.no_grad():
                 yield self
         finally:
-            self.hardware.evaluating = False
+            self.hardware.evaluate(False)
             self.model.train(training)
             self.rule.train(training)
 

@@ -1,15 +1,35 @@
-"""Whether a model's layers can take what the hardware makes of their numbers."""
+"""Whether a model's layers can take what the hardware makes of their numbers, and batches of the size they get."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from onward.data.spec import DataSpec
+from onward.errors import ConfigError
 from onward.hardware.base import Hardware
 from onward.hardware.binary import Categorical
 from onward.model.base import Stack
 
 #: activations that give no negative numbers
 ONE_SIGN = ("relu", "relu_full", "sigmoid", "softplus")
+
+
+def refuse_lone_samples(model: Stack, spec: DataSpec, batch_size: int) -> None:
+    """Raise ConfigError where batch normalisation would meet a batch of one sample, which has no variance.
+
+    Maps of one sample have one over their positions, so that they may end an epoch; training on nothing else would
+    not be what the test, by running statistics, computes.
+    """
+    kinds = {type(m) for m in model.modules()} & {nn.BatchNorm1d, nn.BatchNorm2d}
+    if not kinds or spec.layout == "graph":
+        return
+    if batch_size == 1:
+        raise ConfigError("data.batch_size", 1, "at least 2 with batch normalisation, as one sample has no variance; "
+                                                "or model.norm=layer")
+    if spec.n_train % batch_size == 1 and nn.BatchNorm1d in kinds:
+        raise ConfigError("data.batch_size", batch_size,
+                          f"another size with batch normalisation: {spec.n_train} samples leave a last batch of one, "
+                          "which has no variance; or model.norm=layer")
 
 
 def unfit(hardware: Hardware, model: Stack) -> str | None:

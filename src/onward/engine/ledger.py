@@ -67,28 +67,31 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Flops(TorchDispatchMode):
-    """FLOPs of all matrix products and convolutions while active, by torch's own formulas.
+    """FLOPs of all matrix products and convolutions while active, by torch's own formulas, and the numbers they move:
+    those of their operands and results, each once a product.
 
     (``FlopCounterMode`` does the same, but its module hooks forbid ``autograd.grad`` at a leaf.)
     """
 
     def __init__(self):
         super().__init__()
-        self.total = 0
+        self.total = self.moved = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
+            self.moved += sum(t.numel() for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor))
         return out
 
 
 def step_cost(engine: Engine, batch: Batch) -> dict[str, float]:
     """What one update of this rule costs, measured on copies of the engine so that training is untouched.
 
-    ``flops``: of all matrix products. ``peak_bytes``: of tensors made during the step, without parameters
-    and optimizer state. ``saved_bytes``: kept for a backward pass. Counts: unit executions, pull-backs.
+    ``flops``: of all matrix products. ``moved_numbers``: of their operands and results. ``peak_bytes``: of tensors made
+    during the step, without parameters and optimizer state. ``saved_bytes``: kept for a backward pass. Counts: unit
+    executions, pull-backs.
     """
     warm = copy.deepcopy(engine)
     warm.train_step(batch)  # optimizer state exists from the second step on
@@ -106,6 +109,7 @@ def step_cost(engine: Engine, batch: Batch) -> dict[str, float]:
     units = engine.depth + 1
     return {
         "flops": float(flops.total),
+        "moved_numbers": float(flops.moved),
         "peak_bytes": float(live.peak),
         "saved_bytes": float(saved.peak),
         "forward_passes": counts["unit_forwards"] / units,

@@ -7,6 +7,7 @@ import copy
 from onward.data.spec import Batch
 from onward.engine.engine import Engine
 from onward.errors import Unsupported
+from onward.hardware.base import Hardware
 
 # Why a setting may have nothing to act on, by its name in ``Hardware.settings()`` or what precedes the dot
 _WHY = {
@@ -40,18 +41,33 @@ _WHY = {
 
 def idle_settings(engine: Engine, batch: Batch) -> list[str]:
     """Names of the hardware's settings that nothing passes through in an update; the engine stays as it was."""
+    return _idle(_tried(engine, batch).hardware)
+
+
+def _tried(engine: Engine, batch: Batch) -> Engine:
+    """A copy after an update."""
     trial = copy.deepcopy(engine)
     trial.hardware.fired.clear()
     for _ in range(trial.updates.accumulate):
         trial.train_step(batch)
-    return [name for name in trial.hardware.settings() if not trial.hardware.fired[name]]
+    return trial
+
+
+def _idle(hardware: Hardware) -> list[str]:
+    return [name for name in hardware.settings() if not hardware.fired[name]]
 
 
 def refuse_idle_settings(engine: Engine, batch: Batch) -> None:
-    """Raise Unsupported, naming the first of :func:`idle_settings` and why, where the hardware is strict."""
+    """Raise Unsupported, naming the first of :func:`idle_settings` and why, where the hardware is strict.
+
+    A perturbation below the step of the weights' number format is refused too.
+    """
     if not engine.hardware.strict or engine.hardware.ideal:
         return
-    for name in idle_settings(engine, batch):
+    hardware = _tried(engine, batch).hardware
+    if hardware.hidden is not None:
+        raise Unsupported(hardware.hidden)
+    for name in _idle(hardware):
         key = f"hardware.{name}" if "." in name or name == "device" else f"hardware.numerics.{name}"
         why = _WHY.get(name) or _WHY.get(name.partition(".")[2]) or _WHY[name.partition(".")[0]]
         raise Unsupported(f"{key} has no effect under {engine.rule.info.title}: {why}. Leave it out, or run all the "

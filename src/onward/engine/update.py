@@ -37,6 +37,8 @@ class UpdateChain:
         self.schedule, self.total_steps = schedule or Constant(), total_steps
         self.clip_norm, self.accumulate = clip_norm, accumulate
         self.weight_writes = 0
+        #: what is added to the gradient of the k-th parameter of a group, beside what the rule hands over
+        self.pull: Callable[[str, int, Tensor], Tensor | None] | None = None
         self.optimizers: dict[str, Optimizer] = {}
         if eager:
             self.optimizers = {name: optimizer(params) for name, params in self.groups.items()}
@@ -66,9 +68,11 @@ class UpdateChain:
         if dist.is_initialized() and dist.get_world_size() > 1:
             grads = [self._average(g) for g in grads]
         scaled = self.accumulate > 1
-        for p, g in zip(params, grads, strict=True):
+        for k, (p, g) in enumerate(zip(params, grads, strict=True)):
             if g is None:
                 continue
+            if self.pull is not None and (extra := self.pull(name, k, p)) is not None:
+                g = g + extra
             g = self.hardware.gradient(p, g)
             if scaled:
                 g = g / self.accumulate
@@ -124,8 +128,9 @@ class UpdateChain:
             self._keep(params)
             if hw.acts_on("optimizer_state"):
                 for p in params:
-                    for value in optimizer.state[p].values():
-                        if isinstance(value, Tensor) and value.shape == p.shape:
+                    for name, value in optimizer.state[p].items():
+                        # the number of steps is none of it, though it has the shape of a parameter of one number
+                        if name != "step" and isinstance(value, Tensor) and value.shape == p.shape:
                             value.copy_(hw.apply("optimizer_state", value))
         for p in params:
             p.grad = None

@@ -69,19 +69,24 @@ class Accumulator:
             return sums.clamp(-half, half - 1)
         return torch.remainder(sums + half, 2 * half) - half
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b`` of whole numbers in float64, (..., M, K) and (..., K, N), as the register sums it."""
+    def matmul(self, a: Tensor, b: Tensor, largest: int | None = None) -> Tensor:
+        """``a @ b`` of whole numbers in float64, (..., M, K) and (..., K, N), as the register sums it.
+
+        ``largest``: what a product is at most, if it is known, so that sums that must fit need no look.
+        """
         n = a.shape[-1]
-        if self.overflow == "wrap" or (self.overflow == "saturate" and (self.chain or n) >= n):
-            return self.held(a @ b)
+        chain = min(self.chain or n, n)
+        fits = largest is not None and largest * chain < 2 ** (self.bits - 1)
+        if self.overflow == "wrap" or (self.overflow == "saturate" and chain == n):
+            return a @ b if fits else self.held(a @ b)
         total: Tensor | None = None
-        for start in range(0, n, self.chain or n):
-            part = a[..., start:start + (self.chain or n)] @ b[..., start:start + (self.chain or n), :]
+        for start in range(0, n, chain):
+            part = a[..., start:start + chain] @ b[..., start:start + chain, :]
             if self.overflow == "saturate":
                 total = self.held(part if total is None else total + part)
             else:
-                part = self.held(part).float()
-                total = part if total is None else total + part
+                part = (part if fits else self.held(part)).float()
+                total = part if total is None else total.add_(part)
         return total.double()
 
     # ------------------------------------------------------------------ as torch's operations
@@ -134,17 +139,23 @@ class _Linear:
         """In floating point."""
         return F.linear(x, weight)
 
+    @staticmethod
+    def most(a: NumberFormat, b: NumberFormat) -> int:
+        """The largest product of two of their integers."""
+        return a.largest_integer * b.largest_integer
+
     def value(self, x: Tensor, weight: Tensor) -> Tensor:
         (a, s), (b, t) = self.x.integers(x), self.weight.integers(weight)
-        y = self.register.matmul(a.reshape(-1, a.shape[-1]), b.t())
+        y = self.register.matmul(a.reshape(-1, a.shape[-1]), b.t(), self.most(self.x, self.weight))
         return (y * (s * t)).to(x.dtype).reshape(*x.shape[:-1], -1)
 
     def pull(self, x: Tensor, weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """(dx, dW) from dy."""
         (a, s), (b, t), (e, u) = self.x.integers(x), self.weight.integers(weight), self.error.integers(g)
         a, e = a.reshape(-1, a.shape[-1]), e.reshape(-1, e.shape[-1])
-        dx = self.register.matmul(e, b) * (u * t)
-        return dx.to(x.dtype).reshape(x.shape), (self.register.matmul(e.t(), a) * (u * s)).to(weight.dtype)
+        dx = self.register.matmul(e, b, self.most(self.error, self.weight)) * (u * t)
+        dw = self.register.matmul(e.t(), a, self.most(self.error, self.x)) * (u * s)
+        return dx.to(x.dtype).reshape(x.shape), dw.to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -171,18 +182,18 @@ class _Conv(_Linear):
     def value(self, x, weight):
         (a, s), (b, t) = self.x.integers(x), self.weight.integers(weight)
         kernels = b.reshape(self.groups, weight.shape[0] // self.groups, -1)
-        y = self.register.matmul(kernels, self._patches(a, weight)) * (s * t)
+        y = self.register.matmul(kernels, self._patches(a, weight), self.most(self.x, self.weight)) * (s * t)
         return y.to(x.dtype).reshape(len(x), weight.shape[0], *self._out(x, weight))
 
     def pull(self, x, weight, g):
         (a, s), (b, t), (e, u) = self.x.integers(x), self.weight.integers(weight), self.error.integers(g)
         kernels = b.reshape(self.groups, weight.shape[0] // self.groups, -1)
         e = e.reshape(len(x), self.groups, weight.shape[0] // self.groups, -1)
-        columns = self.register.matmul(kernels.transpose(1, 2), e).flatten(1, 2)
+        columns = self.register.matmul(kernels.transpose(1, 2), e, self.most(self.error, self.weight)).flatten(1, 2)
         dx = F.fold(columns, x.shape[2:], weight.shape[2:], self.dilation, self.padding, self.stride)
         # one sum over samples and positions for every number of a kernel
         long = e.permute(1, 2, 0, 3).flatten(2), self._patches(a, weight).permute(1, 0, 3, 2).flatten(1, 2)
-        dw = self.register.matmul(*long) * (u * s)
+        dw = self.register.matmul(*long, self.most(self.error, self.x)) * (u * s)
         if self.register.overflow != "spill":
             dx = self.register.held(dx)
         return (dx * (u * t)).to(x.dtype), dw.to(weight.dtype).reshape(weight.shape)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onward.errors import ConfigError
 from onward.hardware.accumulator import Accumulator
+from onward.hardware.cost import EnergyModel
 from onward.hardware.formats import NumberFormat, with_slope
 from onward.hardware.memory import Memory, Saver
 from onward.hardware.noise import SITES, Gaussian, Noise
@@ -149,6 +150,8 @@ class Hardware:
     memory: Memory = field(default_factory=Memory)
     sparsity: Sparsity = field(default_factory=Sparsity)
     device: Digital | Photonic = field(default_factory=Digital)
+    #: what operations would cost; no number of a run depends on it
+    cost: EnergyModel = field(default_factory=EnergyModel)
     #: refuse a setting that nothing in an update passes through
     strict: bool = True
 
@@ -162,12 +165,18 @@ class Hardware:
         self._names = self.settings()
         self.saver = Saver(self.memory, self)
         self.evaluating = False
+        self.hidden: str | None = None  # why a perturbation, as its rule found, cannot be seen through these formats
         self.generator: Callable[[str], torch.Generator] | None = None
         self.step, self.progress = 0, 0.0
         if self.runtime.devices > 1 and (shared := set(self._noise) - {"weight"}):
             raise ConfigError("hardware.runtime.devices", self.runtime.devices,
                               f"1 with hardware.noise.{min(shared)}: processes would draw the same noise for "
                               "different samples")
+        if self.runtime.devices > 1 and (drawn := [r for r in ("activation", "input", "error")
+                                                   if r in self._formats and self._formats[r].stochastic]):
+            raise ConfigError("hardware.runtime.devices", self.runtime.devices,
+                              f"1 where hardware.numerics.{drawn[0]} is rounded at random: processes would draw the "
+                              "same numbers for different samples")
         if self.memory.chunk is not None and (shared := set(self._noise) - {"weight"}):
             raise ConfigError("hardware.memory.chunk", self.memory.chunk,
                               f"null with hardware.noise.{min(shared)}: every part of a batch would meet the same "
@@ -216,8 +225,19 @@ class Hardware:
         """
         self.generator, self.step, self.progress = generator, step, min(progress, 1.0)
         self._calls.clear()
+        self._anneal()
+
+    def evaluate(self, on: bool) -> None:
+        """Whether what follows is evaluation, which meets the device that training leads to.
+
+        Formats that change over a run are at its end then, and weights are read as ``numerics.evaluation`` says.
+        """
+        self.evaluating = on
+        self._anneal()
+
+    def _anneal(self) -> None:
         for role, form in self._annealed.items():
-            self._formats[role] = form.at(self.progress)
+            self._formats[role] = form.at(1.0 if self.evaluating else self.progress)
 
     def stream(self, name: str) -> torch.Generator | None:
         """A fresh generator for the next use of that stream within the step."""

@@ -21,6 +21,11 @@ def _check_scale(scale: str | float) -> None:
         raise ConfigError("hardware.numerics.scale", scale, "none, mean, channel_mean, glorot or a positive number")
 
 
+def _signs(up: Tensor, x: Tensor) -> Tensor:
+    """1 where ``up``, else -1; NaN where x is, so that a net that diverged does not look alive."""
+    return torch.where(x.isnan(), x, 2 * up.to(x.dtype) - 1)
+
+
 def _per_channel(x: Tensor) -> tuple[int, ...]:
     return tuple(range(1, x.dim())) if x.dim() > 1 else tuple(range(x.dim()))
 
@@ -43,6 +48,7 @@ class Binary(NumberFormat):
         rounding: ``nearest`` is the sign; ``stochastic`` is +scale with probability
             ``clip((x / scale + 1) / 2, 0, 1)``, whose mean is x within +-scale.
         estimator: what stands for the derivative; null for straight through.
+    The scale is a constant to the derivative, also where it is a mean of x.
     Source: Courbariaux, Bengio, David 2015, "BinaryConnect", arXiv 1511.00363, sections 2.2 and 2.3; mean: Rastegari et
     al. 2016, "XNOR-Net", arXiv 1603.05279, section 3.1 (per channel), and DoReFa-Net (per tensor).
     """
@@ -86,7 +92,7 @@ class Binary(NumberFormat):
             up = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device) < p
         else:
             up = x >= 0
-        return (2 * up.to(x.dtype) - 1) * scale
+        return _signs(up, x) * scale
 
     def read(self, x, generator=None):
         now = x.detach()
@@ -145,7 +151,8 @@ class PeriodicBinary(NumberFormat):
     bits = 1
 
     def __post_init__(self):
-        _check_scale(self.scale)
+        if not 0 < self.scale < math.inf:
+            raise ConfigError("hardware.numerics.scale", self.scale, "a positive number")
         if not 0 < self.frequency < math.inf:
             raise ConfigError("hardware.numerics.frequency", self.frequency, "a positive number")
         if not 0 <= self.binary_from < 1:
@@ -159,7 +166,8 @@ class PeriodicBinary(NumberFormat):
         return self if progress >= self.binary_from else _Periodic(self.frequency, self.scale)
 
     def quantise(self, x, generator=None):
-        return self.scale * (2 * (torch.sin(self.frequency * x) >= 0).to(x.dtype) - 1)
+        wave = torch.sin(self.frequency * x)
+        return self.scale * _signs(wave >= 0, wave)
 
     def read(self, x, generator=None):
         now = x.detach()

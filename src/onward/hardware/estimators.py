@@ -127,11 +127,12 @@ class ReSTE(Estimator):
 
 
 def one_hot_sample(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One-hot draws from the probabilities along the last axis, of p's shape."""
+    """One-hot draws from the probabilities along the last axis, of p's shape; NaN where a probability is."""
     u = torch.rand(p.shape[:-1], generator=generator, dtype=p.dtype).to(p.device).unsqueeze(-1)
     # the first category at which the cumulative probability exceeds u; the last one takes what rounding leaves
     chosen = (p.cumsum(-1) <= u).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)
-    return (torch.arange(p.shape[-1], device=p.device) == chosen).to(p.dtype)
+    drawn = (torch.arange(p.shape[-1], device=p.device) == chosen).to(p.dtype)
+    return torch.where(p.isnan().any(-1, keepdim=True), p, drawn)
 
 
 def straight_through_categorical(logits: Tensor, sample: Tensor, tau: float = 1.0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,8 +20,20 @@ def rounded(y: Tensor, rounding: str, generator: torch.Generator | None = None) 
     if rounding == "nearest":
         return torch.round(y)
     if rounding == "stochastic":
-        return torch.floor(y + torch.rand(y.shape, generator=generator, dtype=y.dtype, device=y.device))
+        # y + u would itself be rounded, which now and then moves a y that is an integer already
+        low = torch.floor(y)
+        u = torch.rand(y.shape, generator=generator, dtype=y.dtype).to(y.device)
+        return low + (u < y - low).to(y.dtype)
     return torch.trunc(y) if rounding == "truncate" else torch.floor(y)
+
+
+def mended(y: Tensor, nearest: Tensor) -> Tensor:
+    """y, with ``nearest`` in the place of what is off it by no more than a division is inexact.
+
+    Numbers on a grid, divided by its scale, may come out a last bit below their integers, and truncation would take
+    the next lower ones, again after every update. Ulps are counted generously: of single precision, two.
+    """
+    return torch.where((y - nearest).abs() <= 2 * torch.finfo(y.dtype).eps * y.abs(), nearest, y)
 
 
 def with_slope(x: Tensor, value: Tensor, slope: Tensor | float = 1.0) -> Tensor:
@@ -86,22 +98,18 @@ class NumberFormat:
         """Whether the numbers are whole multiples of one scale for all of the tensor, see :meth:`integers`."""
         return False
 
-    def step_near(self, x: Tensor) -> float:
-        """The distance between neighbouring representable numbers where x has its typical size (median magnitude)."""
-        typical = x.detach().abs().median()
-        # the nearest value above the typical one that is another number
-        base = self.quantise(x.detach())
-        levels = base.unique()
-        if len(levels) < 2:
-            return math.inf
-        at = int(torch.searchsorted(levels, typical).clamp(1, len(levels) - 1))
-        return float(levels[at] - levels[at - 1])
+    @property
+    def largest_integer(self) -> int:
+        """The largest magnitude among :meth:`integers`."""
+        return 2 ** (self.bits - 1) - 1
 
 
 def _peak(x: Tensor, granularity: str) -> Tensor:
     """Largest magnitude among the numbers that share a scale, shaped to multiply x (grouped: see :func:`_grouped`)."""
     if granularity == "group":
         return x.abs().amax(-1, keepdim=True)
+    if not x.numel():
+        return x.new_zeros(())
     if granularity == "tensor" or x.dim() < 2:
         return x.abs().amax()
     return x.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
@@ -112,7 +120,7 @@ def _grouped(x: Tensor, group: int) -> Tensor:
     missing = -x.shape[-1] % group
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))
-    return x.reshape(*x.shape[:-1], -1, group)
+    return x.unflatten(-1, (x.shape[-1] // group, group))
 
 
 def _ungrouped(y: Tensor, like: Tensor) -> Tensor:
@@ -156,7 +164,10 @@ class Int(NumberFormat):
     def _quantise(self, x, generator):
         q = float(2 ** (self.bits - 1) - 1)
         scale = _peak(x, self.granularity).clamp_min(torch.finfo(x.dtype).tiny * 2**24) / q
-        return rounded(x / scale, self.rounding, generator).clamp(-q, q).mul_(scale)
+        y = x / scale
+        if self.rounding != "nearest":
+            y = mended(y, torch.round(y))
+        return rounded(y, self.rounding, generator).clamp(-q, q).mul_(scale)
 
 
 @dataclass(frozen=True)
@@ -164,12 +175,14 @@ class Float(NumberFormat):
     """Binary floating point with ``exp`` exponent and ``man`` mantissa bits, with subnormal numbers.
 
     ``|x| = 2^e (1 + m / 2^man)`` for ``e >= e_min = 2 - 2^(exp-1)``, a grid of step ``2^(e_min - man)`` below.
-    ``largest``: the largest number; null for IEEE 754, ``2^(2^(exp-1) - 1) (2 - 2^-man)``. Beyond it numbers saturate,
-    or become infinite with ``saturate: false``. With nearest rounding, bit for bit what torch's casts give: float16
-    (5, 10), bfloat16 (8, 7), float8_e5m2 (5, 2) without saturation, float8_e4m3fn (4, 3, largest 448) with it.
+    ``largest``: the largest number; null for IEEE 754, ``2^(2^(exp-1) - 1) (2 - 2^-man)``, which keeps the largest
+    exponent for infinity; formats that do not have numbers of up to ``2^(2^(exp-1)) (2 - 2^-man)``. Beyond it numbers
+    saturate, or become infinite with ``saturate: false``. With nearest rounding, bit for bit what torch's casts give:
+    float16 (5, 10), bfloat16 (8, 7), float8_e5m2 (5, 2) without saturation, float8_e4m3fn (4, 3, largest 448) with it.
 
     Raises:
-        ConfigError: more bits than float32 has to emulate them in.
+        ConfigError: more bits than float32 has to emulate them in; a largest number that is none of the format's; one
+            exponent bit without ``largest``, as IEEE 754 would have subnormal numbers alone.
     """
 
     exp: int = 5
@@ -183,12 +196,26 @@ class Float(NumberFormat):
             raise ConfigError("hardware.numerics.exp", self.exp, "1 to 8 exponent bits (float32 has 8)")
         if not 0 <= self.man <= 23:
             raise ConfigError("hardware.numerics.man", self.man, "0 to 23 mantissa bits (float32 has 23)")
-        if self.largest is not None and not 0 < self.largest < math.inf:
-            raise ConfigError("hardware.numerics.largest", self.largest, "a positive number, or null for IEEE 754")
+        most = math.ldexp(2 - 2.0**-self.man, 2 ** (self.exp - 1))
+        if self.largest is None:
+            if self.exp == 1:
+                raise ConfigError("hardware.numerics.largest", None, f"a number, such as {most}: with one exponent bit "
+                                  "IEEE 754 keeps all but subnormal numbers for infinity")
+        elif not 0 < self.largest <= most:
+            raise ConfigError("hardware.numerics.largest", self.largest,
+                              f"a positive number of at most {most}, or null for IEEE 754")
+        elif (near := self._nearest(self.largest)) != self.largest:
+            raise ConfigError("hardware.numerics.largest", self.largest,
+                              f"a number of the format, such as {near}, or null for IEEE 754")
 
     @property
     def bits(self):
         return 1 + self.exp + self.man
+
+    def _nearest(self, x: float) -> float:
+        """x > 0 on the grid, of any size."""
+        step = math.ldexp(1.0, max(math.frexp(x)[1] - 1, 2 - 2 ** (self.exp - 1)) - self.man)
+        return round(x / step) * step
 
     @property
     def maximum(self) -> float:
@@ -198,17 +225,47 @@ class Float(NumberFormat):
         return 2.0 ** (2 ** (self.exp - 1) - 1) * (2 - 2.0**-self.man)
 
     def quantise(self, x, generator=None):
+        if self.rounding == "nearest" and x.dtype == torch.float32:
+            if self.exp == 8 and self.man > 0:
+                return self._limited(self._cut(x))
+            if self.exp < 8 and self.man <= 20:
+                return self._limited(self._pushed(x))
+        return self._limited(self._counted(x, generator))
+
+    def _limited(self, y: Tensor) -> Tensor:
+        """Numbers of the grid within the format's range."""
+        top = self.maximum
+        if self.saturate:
+            return y.clamp(-top, top)
+        return torch.where(y.abs() > top, torch.copysign(torch.full_like(y, math.inf), y), y)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """Of float32's own exponents: its last bits rounded away, as integers; a carry goes into the exponent."""
+        drop = 23 - self.man
+        if not drop:
+            return x
+        bits = x.view(torch.int32)
+        even = (bits >> drop) & 1
+        y = ((bits + (even + (2 ** (drop - 1) - 1))) & -(2**drop)).view(torch.float32)
+        return torch.where(x.isfinite(), y, x)
+
+    def _pushed(self, x: Tensor) -> Tensor:
+        """To the nearest by float32's own rounding: what is added leaves no bits below the grid to the sum."""
+        x = x.clamp(-2 * self.maximum, 2 * self.maximum)
+        # 2^e of every number, with those below the normal ones at the least exponent
+        power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(2.0 ** (2 - 2 ** (self.exp - 1)))
+        push = power.mul_(1.5 * 2.0 ** (23 - self.man))
+        return torch.copysign((x + push).sub_(push), x)
+
+    def _counted(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """By any rounding: of x in units of the grid."""
         _, exponent = torch.frexp(x)
         # frexp's mantissa is in [1/2, 1): the exponent of 1.m is one less
         shift = (exponent - 1).clamp_min(2 - 2 ** (self.exp - 1)) - self.man
         # ldexp multiplies by a power that float32 may not hold: half of it, twice
         half = shift.div(2, rounding_mode="floor")
         y = torch.ldexp(torch.ldexp(x, -half), half - shift)
-        y = torch.ldexp(torch.ldexp(rounded(y, self.rounding, generator), half), shift - half)
-        top = self.maximum
-        if self.saturate:
-            return y.clamp(-top, top)
-        return torch.where(y.abs() > top, torch.copysign(torch.full_like(y, math.inf), y), y)
+        return torch.ldexp(torch.ldexp(rounded(y, self.rounding, generator), half), shift - half)
 
 
 @dataclass(frozen=True)
@@ -234,7 +291,10 @@ class Scaled(NumberFormat):
 
     def quantise(self, x, generator=None):
         scale = _peak(x, self.granularity).clamp_min(torch.finfo(x.dtype).tiny * 2**24) / self.element.maximum
-        return self.element.quantise(x / scale, generator).mul_(scale)
+        y = x / scale
+        if self.rounding != "nearest":
+            y = mended(y, replace(self.element, rounding="nearest").quantise(y))
+        return self.element.quantise(y, generator).mul_(scale)
 
 
 @dataclass(frozen=True)
@@ -258,6 +318,10 @@ class Fixed(NumberFormat):
     @property
     def one_scale(self):
         return True
+
+    @property
+    def largest_integer(self):
+        return 2 ** (self.word - 1)
 
     def integers(self, x):
         scale = torch.tensor(2.0**-self.frac, dtype=torch.float64, device=x.device)
@@ -285,6 +349,8 @@ class DynamicFixed(NumberFormat):
     def __post_init__(self):
         if not 2 <= self.bits <= 24:
             raise ConfigError("hardware.numerics.bits", self.bits, "2 to 24 bits (float32 holds 24 exactly)")
+        if self.group_size < 1:
+            raise ConfigError("hardware.numerics.group_size", self.group_size, "a positive number of neighbours")
 
     def exponent(self, x: Tensor) -> Tensor:
         """``log2 s``, an integer, for every scale."""
@@ -340,4 +406,5 @@ class Microscaling(NumberFormat):
             2.0 ** (self.element.word - 2 - self.element.frac)
         peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         shift = torch.frexp(peak)[1] - 1 - math.floor(math.log2(top))
+        shift = shift.clamp(-127, 127)  # what the 8 bits of a shared exponent hold
         return _ungrouped(torch.ldexp(self.element.quantise(torch.ldexp(rows, -shift), generator), shift), x)

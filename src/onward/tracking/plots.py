@@ -13,6 +13,7 @@ Series = Mapping[str, Mapping[int, float]]
 _INK, _SOFT, _GRID = "#22262b", "#6b7280", "#e6e8eb"
 _SPLITS = {"train": "#3b6fb6", "val": "#d1642c", "test": "#3a8f5c"}
 _BLOCK = re.compile(r"block/(\d+)/(.+)")
+_TASK = re.compile(r"task/(\d+)/accuracy")
 _BEST_BY_MINIMUM = ("loss", "error", "perplexity", "mse", "mae", "bits")
 _LABELLED = 6
 
@@ -20,7 +21,8 @@ _LABELLED = 6
 def draw(series: Series, folder: Path, title: str) -> list[Path]:
     """Draw every curve with two points or more, and return the files.
 
-    ``<metric>.png`` shows training and validation of a metric, ``block-<metric>.png`` one curve per block.
+    ``<metric>.png`` shows training and validation of a metric, ``block-<metric>.png`` one curve per block,
+    ``tasks.png`` the accuracy on every task after each, where tasks came one after another.
     Points that are not finite are left out.
     """
     finite = {name: {s: v for s, v in points.items() if math.isfinite(v)} for name, points in series.items()}
@@ -31,6 +33,8 @@ def draw(series: Series, folder: Path, title: str) -> list[Path]:
         files.append(_learning_curve(metric, splits, folder / f"{_file(metric)}.png", title))
     for metric, blocks in _by_block(curves).items():
         files.append(_block_curves(metric, blocks, folder / f"block-{_file(metric)}.png", title))
+    if tasks := {int(m[1]): points for name, points in finite.items() if (m := _TASK.fullmatch(name))}:
+        files.append(_task_matrix(dict(sorted(tasks.items())), folder / "tasks.png", title))
     return files
 
 
@@ -105,6 +109,33 @@ def _block_curves(metric: str, blocks: Mapping[int, Mapping[int, float]], path: 
             ends.append((list(values)[-1], shown[-1], f"block {block}  {_number(shown[-1], percent)}", color))
     _finish(axes, percent, [v for points in blocks.values() for v in points.values()])
     _label_ends(axes, ends)
+    return _save(figure, path)
+
+
+def _task_matrix(tasks: Mapping[int, Mapping[int, float]], path: Path, title: str) -> Path:
+    """Rows: after a task was learnt; columns: its accuracy. Below the diagonal is what was kept, above what is new."""
+    import matplotlib
+
+    rows = list(zip(*([100.0 * v for v in points.values()] for points in tasks.values()), strict=False))
+    figure, axes = _canvas(title, "Accuracy on every task after each, in %")
+    axes.set_position((0.13, 0.06, 0.80, 0.68))
+    colors = matplotlib.colormaps["viridis"]
+    axes.imshow(rows, cmap=colors, vmin=0.0, vmax=100.0, aspect="auto")
+    size = 9.5 if len(tasks) <= 10 else 6.5
+    for t, row in enumerate(rows):
+        for j, value in enumerate(row):
+            axes.text(j, t, f"{value:.0f}", ha="center", va="center", fontsize=size,
+                      color="white" if value < 65 else _INK, weight="bold" if t == j else "normal")
+    axes.set_xticks(range(len(tasks)), [f"task {j}" for j in tasks])
+    axes.set_yticks(range(len(rows)), [f"after {t}" for t in range(len(rows))])
+    axes.xaxis.tick_top()
+    axes.tick_params(colors=_SOFT, labelsize=8.5, length=0, pad=6)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.set_xticks([j + 0.5 for j in range(len(tasks) - 1)], minor=True)
+    axes.set_yticks([t + 0.5 for t in range(len(rows) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=2.5)
+    axes.tick_params(which="minor", length=0)
     return _save(figure, path)
 
 

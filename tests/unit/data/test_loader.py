@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from onward.batched import _batches
 from onward.data.base import BatchLoader, DataSet, Split
 from onward.data.digits import Digits
 from onward.data.spec import Graph
@@ -111,3 +112,22 @@ def test_common_values_out_of_range_are_refused(values, key):
     with pytest.raises(ConfigError) as error:
         DataSet(**values)
     assert error.value.key == key
+
+
+class Doubled(Split):
+    """Every epoch sees the samples in another way, as data with noise of its own do."""
+
+    def drawn(self, seed: int, epoch: int) -> Split:
+        return Split(self.x * (2 + epoch + seed), self.y)
+
+
+def test_batches_of_several_runs_at_once_are_those_that_each_has_alone():
+    x, y = torch.arange(10.0).unsqueeze(1), torch.arange(10)
+    for kind in (Split, Doubled):
+        shared = kind(x, y)
+        together = list(_batches([BatchLoader(shared, 4, True, seed) for seed in (0, 1)], 3))
+        for k, seed in enumerate((0, 1)):
+            loader = BatchLoader(shared, 4, True, seed)
+            loader.set_epoch(3)
+            for several, alone in zip(together, loader.batches(), strict=True):
+                assert torch.equal(several.x[k], alone.x) and torch.equal(several.y[k], alone.y), kind

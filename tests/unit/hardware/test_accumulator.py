@@ -14,7 +14,7 @@ from onward.config import build
 from onward.errors import ConfigError
 from onward.hardware.accumulator import Accumulator
 from onward.hardware.base import Hardware, Numerics
-from onward.hardware.formats import DynamicFixed, Float, Int
+from onward.hardware.formats import DynamicFixed, Fixed, Float, Int
 from onward.model.cnn import cnn
 from onward.model.mlp import mlp
 
@@ -157,3 +157,22 @@ def test_the_preset_cannot_overflow():
     with Hardware(numerics=numerics).operations():
         y = F.linear(x, w)
     assert torch.allclose(y, torch.full((2, 3), -64 * 0.999**2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("overflow", ["wrap", "saturate", "spill"])
+@pytest.mark.parametrize("bits", [15, 16])
+def test_a_sum_that_must_fit_is_not_looked_at_and_one_that_may_not_is(bits, overflow):
+    """Eight products of the largest integers: of 15 bits they fit in 32, of 16 they do not."""
+    form = DynamicFixed(bits)
+    register = Accumulator(overflow=overflow, chain=None if overflow == "wrap" else 8)
+    a = torch.full((1, 8), float(form.largest_integer), dtype=torch.float64)
+    known, unknown = (register.matmul(a, a.t(), largest) for largest in (form.largest_integer**2, None))
+    assert torch.equal(known, unknown)
+    exact = torch.tensor(8.0 * form.largest_integer**2, dtype=torch.float32 if overflow == "spill" else torch.float64)
+    assert (float(known) == float(exact)) is (bits == 15)
+
+
+@pytest.mark.parametrize("form", [Int(8), Fixed(9, 3), DynamicFixed(7)], ids=repr)
+def test_no_integer_is_larger_than_a_format_says(form):
+    n, _ = form.integers(torch.linspace(-1023.9, 1023.9, 999))
+    assert float(n.abs().max()) == form.largest_integer

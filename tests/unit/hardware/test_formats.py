@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from onward.errors import ConfigError
-from onward.hardware.binary import Binary, PeriodicBinary, Ternary
+from onward.hardware.binary import Binary, Categorical, PeriodicBinary, Ternary
 from onward.hardware.dorefa import DoReFaActivation, DoReFaError, DoReFaWeight
 from onward.hardware.estimators import PowerSlope, ReSTE, StraightThrough, Triangle
 from onward.hardware.formats import DynamicFixed, Fixed, Float, Int, Microscaling, Scaled
@@ -69,6 +69,91 @@ def test_stochastic_rounding_has_the_number_as_its_mean(fmt, x):
     z = (drawn.mean() - x) / (drawn.std() / len(drawn) ** 0.5)
     assert abs(float(z)) < 4
     assert len(drawn.unique()) == 2
+
+
+ROUNDINGS = ("nearest", "stochastic", "truncate", "floor")
+OF_A_ROUNDING = {
+    "int8": lambda r: Int(8, rounding=r), "int16 by channel": lambda r: Int(16, "channel", rounding=r),
+    "int5 by group": lambda r: Int(5, "group", r, group_size=7), "fixed": lambda r: Fixed(16, 12, r),
+    "dynamic fixed": lambda r: DynamicFixed(16, rounding=r), "float": lambda r: Float(5, 8, rounding=r),
+    "scaled e4m3": lambda r: Scaled(replace(E4M3, rounding=r)),
+    "scaled e5m2": lambda r: Scaled(replace(E5M2, rounding=r), "channel"),
+    "mxfp4": lambda r: Microscaling(replace(FP4, rounding=r)),
+}
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", OF_A_ROUNDING)
+def test_what_a_format_holds_stays_as_it_is_however_often_it_is_stored(name, rounding):
+    """Else a store that is written after every update would drift, downwards by truncation, without a gradient."""
+    fmt = OF_A_ROUNDING[name](rounding)
+    x = fmt.quantise(torch.randn(40, 700, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1))
+    y = x
+    for again in range(10):
+        y = fmt.quantise(y, torch.Generator().manual_seed(2 + again))
+    assert torch.allclose(y, x, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("kind", [Int, DynamicFixed])
+def test_what_shares_a_scale_is_what_the_granularity_says(kind, granularity):
+    """Numbers a million times smaller survive where they have a scale of their own, and there alone."""
+    x = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) + 0.5
+    x[1] *= 1e-6
+    x[:, 4:] *= 1e-6
+    alive = kind(8, granularity, group_size=2).quantise(x) != 0
+    expected = {"tensor": (torch.arange(6) < 4) & (torch.arange(4) != 1).unsqueeze(1),
+                "channel": (torch.arange(6) < 4).expand(4, 6), "group": torch.ones(4, 6, dtype=torch.bool)}
+    assert torch.equal(alive, expected[granularity])
+    assert torch.equal(kind(8, "sample", group_size=2).quantise(x), kind(8, "channel", group_size=2).quantise(x)), \
+        "axis 0 of weights are channels, of activations samples"
+
+
+def test_formats_without_infinity_have_the_largest_exponent_too():
+    """All codes of 3 and 4 bits: E1M1 is the grid of integers, E2M0 powers of two."""
+    grid = torch.linspace(-20, 20, 4001)
+    assert Float(1, 1, largest=3.0).quantise(grid).unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]
+    assert Float(2, 0, largest=4.0).quantise(grid).unique().tolist() == [-4, -2, -1, 0, 1, 2, 4]
+    assert len(Float(3, 0, largest=16.0).quantise(grid).unique()) == 2**4 - 1
+
+
+@pytest.mark.parametrize(("make", "mend"), [
+    (lambda: Float(4, 3, largest=450.0), "such as 448.0"), (lambda: Float(2, 1, largest=8.0), "at most 6.0"),
+    (lambda: Float(1, 2), "such as 3.5"), (lambda: Float(4, 3, largest=math.nan), "at most 480.0"),
+    (lambda: Float(4, 3, largest=math.inf), "at most 480.0")])
+def test_a_largest_number_that_is_none_of_the_format_is_refused_with_one_that_is(make, mend):
+    with pytest.raises(ConfigError, match=mend) as e:
+        make()
+    assert e.value.key == "hardware.numerics.largest"
+
+
+@pytest.mark.parametrize("fmt", [
+    Int(8), Int(4, "group"), Fixed(), DynamicFixed(8), E4M3, Microscaling(FP4), Scaled(E4M3), Binary(),
+    Binary("mean", "stochastic"), Ternary(), PeriodicBinary(), Categorical(4), DoReFaWeight(1), DoReFaWeight(2),
+    DoReFaActivation(2), DoReFaError(4)], ids=repr)
+def test_a_net_that_diverged_does_not_look_alive(fmt):
+    x = torch.tensor([[1.0, math.nan, -2.0, 0.5]])
+    y = fmt.quantise(x, torch.Generator().manual_seed(0))
+    assert y[0, 1].isnan()
+    assert torch.equal(fmt.read(x.clone().requires_grad_(), torch.Generator().manual_seed(0)).isnan(), y.isnan())
+
+
+@pytest.mark.parametrize("fmt", [
+    Int(8, "channel"), Int(8, "group"), Fixed(), DynamicFixed(8, "group"), E4M3, Microscaling(FP4),
+    Scaled(E4M3, "channel"), Binary("channel_mean"), Ternary(scale="channel_mean")], ids=repr)
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (3, 0), (2, 3, 4, 5)], ids=str)
+def test_any_shape_is_taken_and_kept(fmt, shape):
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    y = fmt.quantise(x)
+    assert y.shape == x.shape and y.dtype == x.dtype and y.isfinite().all()
+
+
+def test_a_shared_exponent_has_eight_bits():
+    """At least 2^-127: a block of numbers below that times the smallest element is lost."""
+    fmt, block = Microscaling(E4M3), torch.ones(1, 32, dtype=torch.float64)
+    for exponent, kept in ((-120, True), (-127 - 9, True), (-127 - 11, False)):  # E4M3 goes down to 2^-9
+        x = block * 2.0**exponent
+        assert torch.equal(fmt.quantise(x), x if kept else 0 * x)
 
 
 def test_fixed_point_is_a_grid_between_its_ends():
@@ -182,6 +267,8 @@ def test_a_format_lands_on_what_it_can_represent(fmt):
     (lambda: Float(9, 3), "hardware.numerics.exp"), (lambda: Float(4, 24), "hardware.numerics.man"),
     (lambda: Float(4, 3, largest=-1.0), "hardware.numerics.largest"), (lambda: Fixed(1, 0), "hardware.numerics.word"),
     (lambda: Fixed(8, 99), "hardware.numerics.frac"), (lambda: DynamicFixed(25), "hardware.numerics.bits"),
+    (lambda: DynamicFixed(8, group_size=0), "hardware.numerics.group_size"),
+    (lambda: PeriodicBinary(scale=-1.0), "hardware.numerics.scale"),
     (lambda: Microscaling(FP4, 0), "hardware.numerics.block"), (lambda: Int(8, group_size=0),
                                                                 "hardware.numerics.group_size"),
     (lambda: Binary(scale=0.0), "hardware.numerics.scale"), (lambda: Ternary(-1.0), "hardware.numerics.threshold"),
@@ -194,3 +281,48 @@ def test_bad_values_name_their_key(make, key):
     with pytest.raises(ConfigError) as e:
         make()
     assert e.value.key == key
+
+
+def test_integers_beat_floats_but_for_heavy_tails():
+    """Decibels of signal over error, each scaled to the largest number (van Baalen et al. 2023, section 3).
+
+    Uniform numbers in 8-bit integers: (1 / 3) / ((1 / 127)^2 / 12). A float's are nearly the same for any numbers: its
+    error is relative.
+    """
+    source, n = torch.Generator().manual_seed(0), 100_000
+    uniform = torch.rand(n, generator=source, dtype=torch.float64) * 2 - 1
+    normal = torch.randn(n, generator=source, dtype=torch.float64)
+    chi = torch.randn(3, n, generator=source, dtype=torch.float64).square().mean(0).sqrt()
+    heavy = torch.randn(n, generator=source, dtype=torch.float64) / chi  # Student's t, 3 degrees of freedom
+
+    def decibels(fmt):
+        return [10 * math.log10(float(x.square().sum() / (fmt.quantise(x) - x).square().sum()))
+                for x in (uniform, normal, heavy)]
+
+    integers, e4m3, e5m2 = decibels(Int(8)), decibels(Scaled(E4M3)), decibels(Scaled(E5M2))
+    assert integers[0] == pytest.approx(10 * math.log10(4 * 127**2), abs=0.1)
+    assert max(e4m3) - min(e4m3) < 0.5 and max(e5m2) - min(e5m2) < 0.5
+    assert e4m3[0] - e5m2[0] == pytest.approx(20 * math.log10(2), abs=0.3), "a mantissa bit halves the error"
+    assert integers[0] > integers[1] > e4m3[1] + 5 and integers[2] < e4m3[2] - 5
+
+
+@pytest.mark.parametrize("fmt", [
+    Int(4, rounding="stochastic"), Fixed(8, 4, "stochastic"), DynamicFixed(6, rounding="stochastic"),
+    replace(E4M3, rounding="stochastic"), Binary(rounding="stochastic"), DoReFaError(4), Categorical(4)], ids=repr)
+def test_random_numbers_are_drawn_on_the_cpu_whatever_the_device(fmt):
+    """So that a GPU meets the same ones; a generator of the CPU could not draw there at all."""
+    y = fmt.quantise(torch.empty(3, 8, device="meta"), torch.Generator())
+    assert y.device.type == "meta" and y.shape == (3, 8)
+
+
+@pytest.mark.parametrize("saturate", [True, False])
+@pytest.mark.parametrize("exp", range(2, 9))
+def test_float32s_own_rounding_is_that_of_the_definition(exp, saturate):
+    """The quick ways of nearest rounding, which float64 does not take, against counting in units of the grid."""
+    source = torch.Generator().manual_seed(exp)
+    x = torch.randn(20_000, generator=source) * torch.exp2(torch.randint(-148, 127, (20_000,), generator=source))
+    x = torch.cat([numbers()[:70_000:7], x, torch.tensor([0.0, -0.0, 3.4e38, -3.4e38, 1e-45, math.inf, -math.inf])])
+    for man in (0, 1, 2, 7, 20, 23):
+        fmt = Float(exp, man, saturate=saturate)
+        quick, counted = fmt.quantise(x), fmt.quantise(x.double()).float()
+        assert torch.equal(quick, counted) and torch.equal(torch.signbit(quick), torch.signbit(counted)), man

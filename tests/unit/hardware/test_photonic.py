@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -24,7 +26,7 @@ EXACT = Photonic(threshold=None, noise=0.0, adc_bits=None, normalise=False)
 
 def projected(device, v, columns=1000, std=1.0, name="b"):
     hw = Hardware("opu", device=device)
-    hw.begin_step(lambda stream: torch.Generator().manual_seed(hash(stream) % 2**31))
+    hw.begin_step(lambda stream: torch.Generator().manual_seed(zlib.crc32(stream.encode())))
     return hw.project(name, v, columns, std)
 
 
@@ -78,11 +80,11 @@ def test_noise_is_relative_to_the_readout_and_new_for_every_measurement():
     v = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
     clean = projected(EXACT, v)
     hw = Hardware("opu", device=replace(EXACT, noise=0.1))
-    hw.begin_step(lambda stream: torch.Generator().manual_seed(hash(stream) % 2**31))
+    hw.begin_step(lambda stream: torch.Generator().manual_seed(zlib.crc32(stream.encode())))
     first, second = (hw.project("b", v, 1000, 1.0) - clean for _ in range(2))
     assert float(first.std() / clean.square().mean().sqrt()) == pytest.approx(0.1, rel=0.02)
     assert not torch.equal(first, second)
-    hw.begin_step(lambda stream: torch.Generator().manual_seed(hash(stream) % 2**31))
+    hw.begin_step(lambda stream: torch.Generator().manual_seed(zlib.crc32(stream.encode())))
     assert torch.equal(hw.project("b", v, 1000, 1.0) - clean, first), "the same step meets the same noise"
 
 
@@ -97,14 +99,36 @@ def trained(rule, widths=(64, 64), epochs=8, **kwargs):
 
 
 @pytest.mark.parametrize(("rule", "device", "bar"), [
-    (DirectFeedbackAlignment, Photonic(), 0.88), (DirectFeedbackAlignment, Photonic(readout="intensity"), 0.0),
-    (DirectRandomTargetProjection, Photonic(threshold=None), 0.85)])
+    (DirectFeedbackAlignment, Photonic(), 0.88), (DirectRandomTargetProjection, Photonic(threshold=None), 0.85)])
 def test_rules_keep_no_matrix_and_learn(rule, device, bar):
-    engine = trained(rule(), epochs=8 if bar else 1, hardware=Hardware("opu", device=device))
+    engine = trained(rule(), hardware=Hardware("opu", device=device))
     assert not list(engine.rule.buffers())
     assert engine.hardware.fired["device"] == engine.depth * engine.step_index
     assert idle_settings(engine, a_batch(16)) == []
     assert accuracy(engine) > bar
+
+
+def test_intensities_mislead_as_they_do_not_know_the_sign_of_an_error():
+    """Worse than not to train the blocks at all: why the field is measured, by holography."""
+    blind = trained(DirectFeedbackAlignment(), hardware=Hardware("opu", device=Photonic(readout="intensity")))
+    assert blind.hardware.fired["device"] == blind.depth * blind.step_index
+    assert accuracy(blind) < accuracy(trained(FrozenTrunk())) - 0.1
+
+
+def test_a_run_by_light_resumes_bit_for_bit():
+    def make():
+        return make_engine(DirectFeedbackAlignment(), optimizer=adam(1e-2), hardware=Hardware("opu", device=Photonic()))
+
+    whole, first, second = make(), make(), make()
+    for _ in range(4):
+        whole.train_step(a_batch(16))
+    for _ in range(2):
+        first.train_step(a_batch(16))
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in range(2):
+        second.train_step(a_batch(16))
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
 
 
 def test_light_teaches_what_the_frozen_trunk_does_not_know():

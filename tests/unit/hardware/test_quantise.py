@@ -39,6 +39,22 @@ def test_a_run_under_formats(quantise, tmp_path, monkeypatch, capsys):
     assert [row[-1] for row in rows.values()] == ["15.3x", "1.0x", "2.8x", "2.8x", "3.0x"]
 
 
+def test_training_in_a_format_mends_what_putting_a_trained_net_into_it_breaks(quantise, tmp_path, monkeypatch, capsys):
+    """Post-training against quantisation-aware, ternary weights, from the same run: the second half of the way back."""
+    monkeypatch.setenv("ONWARD_OUTPUTS", str(tmp_path))
+    folder = tmp_path / "run"
+    common = ["algo=backprop", "model.widths=[32]", "seed=3", "probe=none", "trainer.progress=none"]
+    assert cli.main([*common, "trainer.max_epochs=6", "optimizer.lr=1e-2", f"hydra.run.dir={folder}"]) == 0
+    capsys.readouterr()
+    assert quantise.main([str(folder), "--numerics", "ternary"]) == 0
+    exact, after = (float(line.split()[2]) for line in capsys.readouterr().out.splitlines()[1:])
+    assert cli.main([*common, f"pretrained={folder}", "hardware/numerics=ternary", "trainer.max_epochs=4",
+                     "optimizer.lr=3e-3", f"hydra.run.dir={tmp_path / 'aware'}"]) == 0
+    aware = float(re.search(r"test accuracy\s+([\d.]+)", capsys.readouterr().out)[1])
+    assert after < exact - 3
+    assert aware > (exact + after) / 2, (exact, after, aware)
+
+
 def test_bad_input_names_what_is_wrong(quantise, tmp_path, capsys):
     assert quantise.main([str(tmp_path)]) == 1
     assert "the folder of a run, with its config.yaml" in capsys.readouterr().err

@@ -40,6 +40,20 @@ def test_each_split_has_its_curve(tmp_path):
     assert counts[1:] == [0, 0]
 
 
+def test_tasks_are_drawn_as_a_matrix(tmp_path):
+    """After each of three tasks (rows) the accuracy on each (columns): light where it is high."""
+    after = {0: (1.0, 0.0, 0.0), 10: (0.0, 1.0, 0.0), 20: (0.0, 0.0, 1.0)}
+    series = {f"task/{j}/accuracy": {step: row[j] for step, row in after.items()} for j in range(3)}
+    (path,) = plots.draw(series, tmp_path, "r")
+    assert path.name == "tasks.png"
+    picture = np.asarray(Image.open(path).convert("L")).astype(float)
+    rows, columns = picture.shape
+    left, bottom, width, height = 0.13, 0.06, 0.80, 0.68
+    cells = [[picture[int(rows * (1 - bottom - height + height * (t + 0.15) / 3)),
+                      int(columns * (left + width * (j + 0.15) / 3))] for j in range(3)] for t in range(3)]
+    assert all((cells[t][j] > 150) == (t == j) for t in range(3) for j in range(3)), cells
+
+
 def test_points_that_are_not_finite_are_left_out(tmp_path):
     nan, inf = float("nan"), float("inf")
     series = {"train/loss": {1: 1.0, 2: nan, 3: inf, 4: 0.5}, "val/loss": {1: nan, 2: 1.0}}

@@ -20,6 +20,7 @@ from onward.algo.perturbation.federation import (
     rows_of,
     unpack,
 )
+from onward.algo.perturbation.visible import warn_if_hidden
 from onward.data.spec import Batch
 from onward.errors import ConfigError, Diverged
 
@@ -98,6 +99,7 @@ class Baffle(Perturbation):
         self.weights = choice("algo.weights", weights, ("samples", "equal"))
         self.federation = Clients(clients, partition, alpha, participation, drop_out, empty, partition_seed)
         self.wire = Wire(clients)
+        self._checked = False
 
     def supports(self, model, spec, hardware):
         if any(block.uses_batch_statistics for block in model.blocks):
@@ -151,6 +153,9 @@ class Baffle(Perturbation):
             engine.update(i, self.gradient(oracle, i, sums))
 
     def step(self, engine, batch):
+        if not self._checked:
+            self._checked = True
+            warn_if_hidden(engine, "algo.sigma", self.sigma)
         owners = self.federation.owners(engine, batch)
         now = self.federation.open_round(engine, batch, owners)
         with ClientOracle(engine, batch, self.distribution, owners, self.federation.clients) as oracle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,18 +37,18 @@ class CoordinateOracle:
     def __init__(self, engine: Engine, batch: Batch, *, reuse: bool, parallel: int):
         self.engine, self.batch, self.reuse, self.parallel = engine, batch, reuse, parallel
         self._inputs: list[Tensor] = []
-        self._noise: list[Tensor] = []
+        self._noise: list[tuple[Tensor, Counter[str]]] = []
         engine.restart_noise()
         h = batch.x
         for i in range(engine.depth + 1):
             if reuse:
                 self._inputs.append(h)
-                self._noise.append(torch.default_generator.get_state())
+                self._noise.append((torch.default_generator.get_state(), engine.hardware.mark()))
             h = engine.run(i, h, batch.context)
         self.base = engine.loss(h, batch)
 
     def losses(self, i: int, where: Tensor, step: float) -> Tensor:
-        """Losses (m,) with entry ``where[j]`` of unit i's parameters, laid end to end, moved by ``step``; m queries."""
+        """Losses (m,) with entry ``where[j]``, ascending, of unit i's parameters laid end to end moved by ``step``."""
         parts = []
         with held_statistics(self.engine.model):
             start = 0
@@ -75,7 +76,9 @@ class CoordinateOracle:
     def _alone(self, i: int, p: Tensor, at: int, step: float) -> Tensor:
         self.engine.restart_noise()
         if self.reuse:
-            torch.default_generator.set_state(self._noise[i])
+            state, mark = self._noise[i]
+            torch.default_generator.set_state(state)
+            self.engine.hardware.rewind(mark)
         entry = p.detach().view(-1)[at]
         kept = entry.clone()
         try:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from onward.algo.base import LossOracle, Rule, RuleInfo, choice
 from onward.algo.perturbation.coordinates import CoordinateOracle, runs_together
+from onward.algo.perturbation.visible import warn_if_hidden
 from onward.data.spec import Batch
-from onward.errors import ConfigError
+from onward.errors import ConfigError, Diverged
 
 if TYPE_CHECKING:
     from onward.engine.engine import Engine
@@ -41,6 +42,7 @@ class DeepZero(Rule):
         reuse, parallel: see :class:`CoordinateOracle`; ``parallel: 1`` runs one copy after the other.
     Raises:
         ConfigError: a value out of range.
+        Diverged: a loss that is not finite.
     Source: Chen, Zhang, Jia, Diffenderfer, Liu, Parasyris, Zhang, Zhang, Kailkhura, Liu 2024, "DeepZero: Scaling up
         Zeroth-Order Optimization for Deep Model Training" (arXiv 2310.02025), sections 3 to 5.
     """
@@ -81,7 +83,7 @@ class DeepZero(Rule):
         self.shares = choice("algo.shares", shares, ("zo_grasp", "uniform"))
         self.mu, self.budget, self.sparsity = mu, budget, sparsity
         self.score_directions, self.redraw, self.reuse, self.parallel = score_directions, redraw, reuse, parallel
-        self.together = True
+        self.together, self._checked = True, False
 
     # ------------------------------------------------------------------ how many coordinates
 
@@ -104,16 +106,6 @@ class DeepZero(Rule):
             return (f"{m:,} of {total:,} coordinates (algo.sparsity={self.sparsity:g}) take {needed:,} queries an "
                     f"update, more than algo.budget={self.budget:,}: set algo.budget={needed}, algo.sparsity="
                     f"{math.ceil(least * 1e4) / 1e4:g} or more, or algo.sparsity=null")
-        if self.reuse and hardware is not None and any(
-                getattr(getattr(hardware.numerics, role), "rounding", "nearest") == "stochastic"
-                for role in ("weight", "activation", "input")):
-            return ("stochastic rounding gives every pass of a step the same noise from its start, and passes that "
-                    "begin in the middle would meet another: use algo.reuse=false")
-        if self.reuse and hardware is not None and any(
-                getattr(getattr(hardware.noise, site), "resample", "step") == "read"
-                for site in ("weight", "activation", "input")):
-            return ("noise drawn anew at every read follows the passes of a step from its start, and passes that begin "
-                    "in the middle would meet another: use algo.reuse=false, or hardware.noise.*.resample=step")
         return None
 
     def setup(self, model, spec):
@@ -177,6 +169,9 @@ class DeepZero(Rule):
     # ------------------------------------------------------------------ one update
 
     def step(self, engine, batch):
+        if not self._checked:
+            self._checked = True
+            warn_if_hidden(engine, "algo.mu", self.mu)
         if engine.step_index % self.redraw == 0:
             self.choose(engine, batch)
         parallel = self.parallel if self.together and engine.hardware.ideal else 1
@@ -186,6 +181,9 @@ class DeepZero(Rule):
             where = self.chosen[(self.chosen >= start) & (self.chosen < start + sum(sizes))] - start
             slopes.append((where, self.slopes(oracle, i, where)))
             start += sum(sizes)
+        if not torch.cat([values for _, values in slopes]).isfinite().all():
+            raise Diverged(f"a loss is not finite where a coordinate moves by algo.mu={self.mu:g}, update "
+                           f"{engine.step_index} (a smaller one, or a smaller optimizer.lr, may help)")
         for i, (where, values) in enumerate(slopes):
             params = engine.parameters_of(i)
             if params:

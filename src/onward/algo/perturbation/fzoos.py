@@ -13,7 +13,7 @@ from onward.algo.perturbation.federation import Clients, Wire, client_means, cli
 from onward.algo.perturbation.federation.subspace import Subspace
 from onward.algo.perturbation.federation.surrogate import Features, Surrogate
 from onward.data.spec import Batch
-from onward.errors import ConfigError
+from onward.errors import ConfigError, Diverged
 from onward.seeds import generator
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class FZooS(Rule):
         weights: ``samples`` or ``equal``. clients and what follows: see :class:`Clients`.
     Raises:
         ConfigError: a value out of range.
+        Diverged: a client's loss that is not finite.
     Source: Shu, Lin, Dai, Low 2023, "Federated Zeroth-Order Optimization using Trajectory-Informed Surrogate Gradients"
         (arXiv 2308.04077), section 4.
     """
@@ -227,6 +228,9 @@ class Client:
 
     def _remember(self, z: Tensor, value: Tensor) -> None:
         rule, c = self.rule, self.number
+        if not value.isfinite():
+            raise Diverged(f"the loss of client {c} is not finite, update {self.engine.step_index} (a smaller "
+                           "algo.local_lr or algo.radius may help)")
         slot = int(rule.queries[c]) % rule.asked.shape[1]
         rule.asked[c, slot], rule.answers[c, slot] = z, value
         rule.queries[c] += 1

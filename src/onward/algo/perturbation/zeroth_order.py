@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -12,14 +11,13 @@ from torch import Tensor
 
 from onward.algo.base import LossOracle, Perturbation, RuleInfo, choice
 from onward.algo.base.sparsity import MASKS, mask_of
+from onward.algo.perturbation.visible import warn_if_hidden
 from onward.errors import ConfigError, Diverged, Unsupported
 
 if TYPE_CHECKING:
     from onward.engine.engine import Engine
 
-log = logging.getLogger(__name__)
-
-SAMPLED = 256  # entries of one parameter whose drift is watched, and by which the step of the format is judged
+SAMPLED = 256  # entries of one parameter whose drift is watched
 
 Coefficients = dict[int, dict[str, Tensor]]
 
@@ -56,6 +54,9 @@ class ZerothOrder(Perturbation):
         mask_every: updates between new masks; None keeps the first one.
         first_order: that many last units (1: the readout; 2: and the last block; ...) take their exact gradient by
             reverse mode through them alone, and only the others are perturbed.
+        history: ``a`` in [0, 1): ``g = s h`` with ``h_t = a h_{t-1} + (1 - a) z_t`` and ``h_1 = z_1``, the slope along
+            z alone; one copy of the parameters. As s has mean zero along old directions, the mean of g is
+            ``(1 - a)`` times that of ``s z``, and what h adds is noise along directions already taken.
     Raises:
         ConfigError: a value out of its range, an unknown choice, more first-order units than leave one to perturb.
         Diverged: a loss that is not finite.
@@ -63,7 +64,8 @@ class ZerothOrder(Perturbation):
         "Fine-Tuning Language Models with Just Forward Passes" (arXiv 2305.17333), algorithm 1; residual: Zhang, Zhou,
         Ji, Zavlanos 2022 (arXiv 2006.10820); sign, step, blocks, density, first_order: Zhang, Li, Hong, Li et al.
         2024, "Revisiting Zeroth-Order Optimization for Memory-Efficient LLM Fine-Tuning: A Benchmark" (arXiv
-        2402.11592), sections 3 and 5; Liu, Chen, Chen, Hong 2019, "signSGD via Zeroth-Order Oracle" (ICLR).
+        2402.11592), sections 3 and 5; Liu, Chen, Chen, Hong 2019, "signSGD via Zeroth-Order Oracle" (ICLR); history:
+        Feng and others 2025, "ZeroFlow" (arXiv 2501.01045), as the authors' code has it (github.com/THUDM/INFTY).
     """
 
     info = RuleInfo(
@@ -86,7 +88,7 @@ class ZerothOrder(Perturbation):
     def __init__(self, eps: float = 1e-3, mode: str = "central", restore: str = "replay",
                  distribution: str = "normal", directions: int = 1, sign: str = "none", step: str = "plain",
                  blocks: str = "together", density: float = 1.0, mask: str = "random",
-                 mask_every: int | None = 1, first_order: int = 0):
+                 mask_every: int | None = 1, first_order: int = 0, history: float = 0.0):
         super().__init__(distribution, directions)
         if not (eps > 0 and math.isfinite(eps)):
             raise ConfigError("algo.eps", eps, "a positive number, the size of the perturbation")
@@ -107,6 +109,12 @@ class ZerothOrder(Perturbation):
         if step == "conservative" and first_order:
             raise ConfigError("algo.first_order", first_order, "0 with algo.step=conservative: an exact gradient's "
                                                                "opposite is no candidate")
+        if not 0.0 <= history < 1.0:
+            raise ConfigError("algo.history", history, "a share in [0, 1): 0 keeps no earlier direction")
+        if history and (directions > 1 or step == "conservative"):
+            raise ConfigError("algo.history", history, "0 with algo.directions above 1 or algo.step=conservative: one "
+                                                       "direction of every update is what it remembers")
+        self.history = history
         self._checked = False
         if self.mode == "residual":
             self.register_buffer("previous", torch.tensor(math.nan))
@@ -121,10 +129,12 @@ class ZerothOrder(Perturbation):
         perturbed = units[:len(units) - self.first_order]
         if not any(p.numel() for u in perturbed for p in u.parameters()):
             raise ConfigError("algo.first_order", self.first_order, "less: no trained parameter is left to perturb")
-        if self.density < 1.0:
-            for i, unit in enumerate(perturbed):
-                if n := sum(p.numel() for p in unit.parameters()):
+        for i, unit in enumerate(perturbed):
+            if n := sum(p.numel() for p in unit.parameters()):
+                if self.density < 1.0:
                     self.register_buffer(f"mask{i}", torch.ones(n, dtype=torch.bool))
+                if self.history:
+                    self.register_buffer(f"history{i}", torch.zeros(n))
         return model
 
     def _check(self, engine: Engine) -> None:
@@ -140,11 +150,8 @@ class ZerothOrder(Perturbation):
                                   "1 with algo.step=conservative, which compares what each update writes")
             if not engine.updates.eager:
                 raise ConfigError("trainer.update", "together", "auto or eager with algo.step=conservative")
-        if self.mode != "derivative" and (needed := eps_that_shows(engine, self.eps)) is not None:
-            share, enough = needed
-            log.warning(
-                "algo.eps=%g is below the step of the weights' number format: %.0f %% of them do not move by it; from "
-                "algo.eps=%.2g on, half of them do", self.eps, 100 * share, enough)
+        if self.mode != "derivative":
+            warn_if_hidden(engine, "algo.eps", self.eps)
 
     # ------------------------------------------------------------------ one update
 
@@ -221,8 +228,17 @@ class ZerothOrder(Perturbation):
         return slope, plus
 
     def _estimated(self, oracle: LossOracle, i: int, coefficients: Coefficients) -> list[Tensor]:
-        g = oracle.gradients(i, coefficients[i])
+        g = self._remembered(oracle, i, coefficients[i]["0"]) if self.history else \
+            oracle.gradients(i, coefficients[i])
         return [part.sign_() for part in g] if self.sign == "entries" else g
+
+    def _remembered(self, oracle: LossOracle, i: int, slope: Tensor) -> list[Tensor]:
+        """``s h``, after this update's direction has gone into h."""
+        parts = oracle.gradients(i, {"0": torch.ones_like(slope)})
+        z, h = torch.cat([part.flatten() for part in parts]), getattr(self, f"history{i}")
+        h.copy_(torch.where((h == 0).all(), z, self.history * h + (1.0 - self.history) * z))
+        return [(slope * part).view(like.shape)
+                for part, like in zip(h.split([p.numel() for p in parts]), parts, strict=True)]
 
     def _groups(self, engine: Engine, perturbed: list[int]) -> list[list[int]]:
         """Units that move together, in the order of their queries."""
@@ -305,31 +321,3 @@ def _sample(engine: Engine, i: int) -> Tensor:
 def _drift(engine: Engine, i: int, before: Tensor) -> Tensor:
     """Largest change of the sampled entries that moving and taking back has left."""
     return (_sample(engine, i) - before).abs().amax().float()
-
-
-def eps_that_shows(engine: Engine, eps: float) -> tuple[float, float] | None:
-    """None if most weights, as the forward pass reads them, move when theta - eps z becomes theta + eps z.
-
-    Otherwise the share that does not (by at least half of 2 eps), and the smallest ``2^k eps`` at which half of them
-    do. Judged by the first entries of every unit's largest parameter, in its own type and the hardware's formats, with
-    z of alternating signs.
-    """
-    largest = [max(engine.parameters_of(i), key=torch.Tensor.numel).detach() for i in range(engine.depth + 1)
-               if engine.parameters_of(i)]
-    samples = [p.flatten()[:SAMPLED] for p in largest]
-
-    def stays(distance: float) -> float:
-        lost = []
-        for w in samples:
-            z = torch.ones_like(w)
-            z[1::2] = -1.0
-            plus, minus = (engine.hardware.apply("weight", w + sense * distance * z) for sense in (1.0, -1.0))
-            lost.append((plus - minus).float() * z.float() < distance)
-        return float(torch.cat(lost).double().mean())
-
-    share, enough = stays(eps), eps
-    if share <= 0.5:
-        return None
-    while stays(enough) > 0.5 and enough < 1e30:
-        enough *= 2
-    return share, enough

@@ -1,0 +1,1 @@
+"""Tasks learnt one after another: what is done against forgetting, and how much is forgotten."""
