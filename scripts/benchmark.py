@@ -28,6 +28,7 @@ from torch.func import functional_call, jvp
 from onward.algo.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from onward.algo.forward_only.forward_forward import ForwardForward
 from onward.algo.forward_only.mono_forward import MonoForward
+from onward.algo.forward_only.noprop import NoProp
 from onward.algo.perturbation.forward_gradient import ForwardGradient
 from onward.algo.perturbation.zeroth_order import ZerothOrder
 from onward.algo.reference.backprop import Backprop
@@ -505,9 +506,11 @@ def table_memory(t: Table, rounds: int) -> None:
         t.row(name, " / ".join(f"{p / 1024:.0f}" for p in peaks), constant)
     for name in options("algo"):
         found = rule(name)
-        if found.info.locality == "block" and name not in MEMORY and not found.physical:
+        if found.info.locality == "block" and name not in (*MEMORY, "noprop") and not found.physical:
             few, many = (peak_bytes(lambda name=name: rule(name), d) for d in (4, 64))
             t.row(f"{name}: depth 64 / depth 4", f"{many / few:.2f}", "<= 1.10")
+    few, many = (peak_bytes(lambda steps=steps: NoProp(steps=steps), 2) for steps in (4, 64))
+    t.row("noprop: 64 steps / 4 steps, a block each", f"{many / few:.2f}", "<= 1.10")  # widths are within a block
     t.row("zeroth_order / inference at depth 64", f"{at64['zeroth_order'] / at64['inference']:.2f}", "<= 1.05")
     t.row("backprop / mono_forward at depth 64", f"{at64['backprop'] / at64['mono_forward']:.1f}", ">= 20")
     t.row("backprop / forward_forward at depth 64", f"{at64['backprop'] / at64['forward_forward']:.1f}", ">= 10")

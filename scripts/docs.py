@@ -321,7 +321,8 @@ def index_page() -> str:
                 "MNIST obtained"], rows), "",
         "Locality is what a block's update depends on:", "", *[f"- **{k}**: {text}" for k, text in LOCALITY.items()],
         "", "See also: [models](models.md), [data](data.md), [hardware](hardware.md), "
-        "[experiments](experiments.md), [comparisons](compare.md).", ""])
+        "[experiments](experiments.md), [comparisons](compare.md), [questions answered by runs](questions.md), "
+        "[alignment of feedback](alignment.md), [tasks one after another](continual.md).", ""])
 
 
 def group_page(title: str, group: str, text: str) -> str:
