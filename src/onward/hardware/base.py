@@ -20,6 +20,7 @@ from onward.hardware.noise import SITES, Gaussian, Noise
 from onward.hardware.operations import Operations, stacked
 from onward.hardware.photonic import Digital, Photonic
 from onward.hardware.sparsity import Sparsity
+from onward.hardware.sparsity.products import Gate
 from onward.seeds import generator as seeded
 
 
@@ -112,28 +113,6 @@ class Numerics:
 
 ROLES = ("weight", "activation", "input", "error", "weight_grad", "perturbation", "feedback", "update", "storage",
          "optimizer_state")
-
-
-class _ErrorGate(torch.autograd.Function):
-    """Identity whose backward pass puts the gradient into the error format; exact under forward mode."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, quantise):
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.quantise = inputs[1]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.quantise(grad), None
-
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        return tangent.view_as(tangent)
 
 
 @dataclass
@@ -357,7 +336,7 @@ class Hardware:
     def gate_error(self, x: Tensor, name: str = "") -> Tensor:
         """x, with its gradient put into the error format on the way back. ``name``: of the unit whose output x is."""
         if self.formats_reach("error", name) and ("error" in self._formats or "error" in self._noise):
-            x = _ErrorGate.apply(x, lambda g: self.apply("error", g))
+            x = Gate.apply(x, lambda g: self.apply("error", g))
         return self.sparsity.gate(self, name, x)
 
     # ------------------------------------------------------------------ around a pass
