@@ -128,13 +128,8 @@ def _ungrouped(y: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Int(NumberFormat):
-    """Symmetric signed integers: ``s * clip(round(x / s), -q, q)``, ``q = 2^(bits-1) - 1``, ``s = max|x| / q``.
-
-    ``granularity`` is what shares one scale: the tensor, an output channel (axis 0 of weights), a sample (axis 0 of
-    activations) or ``group_size`` neighbours along the last axis. ``stochastic`` rounding is unbiased:
-    ``E[Q(x)] = x`` inside the range.
-    """
+class _ScaledIntegers(NumberFormat):
+    """Symmetric integers times a scale that a group of numbers shares."""
 
     bits: int = 8
     granularity: Granularity = "tensor"
@@ -155,6 +150,16 @@ class Int(NumberFormat):
     @property
     def one_scale(self):
         return self.granularity == "tensor"
+
+
+@dataclass(frozen=True)
+class Int(_ScaledIntegers):
+    """Symmetric signed integers: ``s * clip(round(x / s), -q, q)``, ``q = 2^(bits-1) - 1``, ``s = max|x| / q``.
+
+    ``granularity`` is what shares one scale: the tensor, an output channel (axis 0 of weights), a sample (axis 0 of
+    activations) or ``group_size`` neighbours along the last axis. ``stochastic`` rounding is unbiased:
+    ``E[Q(x)] = x`` inside the range.
+    """
 
     def integers(self, x):
         y, q = self.quantise(x).double(), float(2 ** (self.bits - 1) - 1)
@@ -333,7 +338,7 @@ class Fixed(NumberFormat):
 
 
 @dataclass(frozen=True)
-class DynamicFixed(NumberFormat):
+class DynamicFixed(_ScaledIntegers):
     """Dynamic fixed point: integers of ``bits`` bits with one power of two that the tensor shares.
 
     ``s = 2^(e - (bits - 2))`` with ``2^e <= max|x| < 2^(e+1)``, so that the largest number uses all bits:
@@ -342,29 +347,11 @@ class DynamicFixed(NumberFormat):
     """
 
     bits: int = 16
-    granularity: Granularity = "tensor"
-    rounding: Rounding = "nearest"
-    group_size: int = 32
-
-    def __post_init__(self):
-        if not 2 <= self.bits <= 24:
-            raise ConfigError("hardware.numerics.bits", self.bits, "2 to 24 bits (float32 holds 24 exactly)")
-        if self.group_size < 1:
-            raise ConfigError("hardware.numerics.group_size", self.group_size, "a positive number of neighbours")
 
     def exponent(self, x: Tensor) -> Tensor:
         """``log2 s``, an integer, for every scale."""
         peak = _peak(x, self.granularity).clamp_min(torch.finfo(torch.float32).tiny)
         return torch.frexp(peak)[1] - 1 - (self.bits - 2)
-
-    def quantise(self, x, generator=None):
-        if self.granularity == "group" and x.dim():
-            return _ungrouped(self._quantise(_grouped(x, self.group_size), generator), x)
-        return self._quantise(x, generator)
-
-    @property
-    def one_scale(self):
-        return self.granularity == "tensor"
 
     def integers(self, x):
         e = self.exponent(x)
