@@ -53,6 +53,28 @@ def _no_log_handler_left():
             logger.removeHandler(handler)
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One output root for the module: the store is made once."""
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture
+def run(store, monkeypatch, capfd):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("ONWARD_OUTPUTS", str(store))
+
+    def call(*words: str):
+        capfd.readouterr()
+        try:
+            code = cli.main(list(words))
+        except SystemExit as error:
+            code = error.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
 @pytest.fixture
 def outputs(tmp_path, monkeypatch) -> Path:
     """The output root of this test; nothing is there yet."""

@@ -15,33 +15,10 @@ import pytest
 import torch
 import yaml
 
-from onward import cli
 from onward.catalogue import config_dir, options
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model.widths=[12,12]", "data.limit=200", "trainer.progress=none"]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """One output root for the module: the store is made once."""
-    return tmp_path_factory.mktemp("outputs")
-
-
-@pytest.fixture
-def run(store, monkeypatch, capfd):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setenv("ONWARD_OUTPUTS", str(store))
-
-    def call(*words: str):
-        capfd.readouterr()
-        try:
-            code = cli.main(list(words))
-        except SystemExit as error:
-            code = error.code
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def client(store):

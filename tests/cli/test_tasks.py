@@ -8,31 +8,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from onward import cli
-
 SMALL = ["algo=backprop", "data=split_digits", "data.limit=300", "data.batch_size=32", "model.widths=[16]",
          "optimizer.lr=0.01", "trainer.progress=none"]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("outputs")
-
-
-@pytest.fixture
-def run(store, monkeypatch, capfd):
-    """Run the command line in this process; returns (exit code, stderr)."""
-    monkeypatch.setenv("ONWARD_OUTPUTS", str(store))
-
-    def call(*words: str):
-        capfd.readouterr()
-        try:
-            code = cli.main(list(words))
-        except SystemExit as error:
-            code = error.code
-        return code, capfd.readouterr().err
-
-    return call
 
 
 def stored(store, name: str):
@@ -48,7 +25,7 @@ def weights(found) -> dict[str, torch.Tensor]:
 
 def test_a_run_stores_what_it_kept_of_every_task_and_resumes_between_two(run, store):
     words = [*SMALL, "continual=replay", "continual.size=20"]
-    code, err = run(*words, "name=straight")
+    code, _, err = run(*words, "name=straight")
     assert code == 0, err
     client, straight = stored(store, "straight")
     metrics, directory = straight.data.metrics, Path(straight.data.tags["run_dir"])
@@ -65,9 +42,9 @@ def test_a_run_stores_what_it_kept_of_every_task_and_resumes_between_two(run, st
     assert [h.value for h in sorted(history, key=lambda h: h.step)] == pytest.approx(matrix[:, 0].tolist(), abs=1e-5)
     assert (directory / "plots" / "tasks.png").is_file()
 
-    code, err = run(*words, "name=halves", "trainer.max_epochs=4")
+    code, _, err = run(*words, "name=halves", "trainer.max_epochs=4")
     assert code == 0 and "ends before task 3 of 5" in err
-    code, err = run(f"resume={stored(store, 'halves')[1].info.run_id}", "trainer.max_epochs=10")
+    code, _, err = run(f"resume={stored(store, 'halves')[1].info.run_id}", "trainer.max_epochs=10")
     assert code == 0, err
     resumed = stored(store, "halves")[1]
     a, b = weights(straight), weights(resumed)
@@ -86,7 +63,7 @@ def test_a_run_stores_what_it_kept_of_every_task_and_resumes_between_two(run, st
     (["continual=ewc", "data=digits"], "data=digits is one task"),
 ])
 def test_one_message_and_no_run(run, store, words, expected):
-    code, err = run(*SMALL, *words, "name=refused")
+    code, _, err = run(*SMALL, *words, "name=refused")
     assert code in (1, 2) and expected in err and "Traceback" not in err
     if (store / "mlflow.db").exists():
         client = MlflowClient(f"sqlite:///{store}/mlflow.db")
@@ -95,7 +72,7 @@ def test_one_message_and_no_run(run, store, words, expected):
 
 
 def test_runs_of_tasks_are_not_batched(run, store):
-    code, err = run("-m", *SMALL, "seed=0,1", "sweep.batched=true", "trainer.max_epochs=2")
+    code, _, err = run("-m", *SMALL, "seed=0,1", "sweep.batched=true", "trainer.max_epochs=2")
     assert code == 0, err
     client = MlflowClient(f"sqlite:///{store}/mlflow.db")
     ids = [e.experiment_id for e in client.search_experiments()]
