@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -65,11 +66,14 @@ def steps(make: Callable, bare: Callable, inputs: int, widths: tuple[int, ...], 
 
 
 def platform(algo: str, batched: bool, epochs: int) -> float:
-    """Process CPU seconds of a sweep over the seeds on digits, tracking on."""
+    """Process CPU seconds of a sweep over the seeds on digits, tracking on, in a store that is there already."""
     from onward.launch import run_jobs
+    from onward.tracking.settings import TrackingSettings
+    from onward.tracking.store import ensure_store
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ONWARD_OUTPUTS"] = folder
+        ensure_store(TrackingSettings(Path(folder)))
         started = time.process_time()
         results = run_jobs([[f"seed={s}"] for s in range(SEEDS)],
                            [f"algo={algo}", "model.widths=[64,64]", f"sweep.batched={str(batched).lower()}",

@@ -6,10 +6,10 @@
     python scripts/reproduce.py --collect hinton2022_forward_forward_mnist    # record runs already made
     python scripts/reproduce.py --quick [hinton2022_forward_forward_mnist]    # minutes: reduced, never recorded
 
-Each seed is ``python train.py experiment=<name> seed=<s>`` in a process of its own. The ``obtained:`` block is
-written from the runs' metrics, never by hand: test figure of the checkpoint that validation selected, mean and
-sample standard deviation, 95 % interval, every seed's figure, the validation curve, seconds, the command, the
-commit and the hardware.
+Each seed is ``python train.py experiment=<name> seed=<s>`` in a process of its own, forked with everything imported.
+The ``obtained:`` block is written from the runs' metrics, never by hand: test figure of the checkpoint that
+validation selected, mean and sample standard deviation, 95 % interval, every seed's figure, the validation curve,
+seconds, the command, the commit and the hardware.
 
 *within*: the reported figure, as it is rounded, lies in the 95 % interval of the mean over seeds. ``why:`` under
 ``reported:`` in the experiment's file explains a difference; without it, both settings are shown.
@@ -32,10 +32,12 @@ from pathlib import Path
 
 import yaml
 
+from onward import cli
 from onward.catalogue import config_dir, options
 from onward.compare.records import less_is_better
 from onward.compare.statistics import Estimate, estimate
 from onward.compose import output_root
+from onward.launch.processes import start
 from onward.tracking.history import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,18 +59,18 @@ def commit() -> str:
     return sha.stdout.strip() + ("+changes" if changed else "")
 
 
-def run(name: str, seed: int, folder: Path, outputs: Path, extra: list[str]) -> None:
-    """One seed; its folder is fixed, so that it can be found and is not made twice.
-
-    Raises:
-        CalledProcessError: the run failed; it has said why.
-    """
-    words = [sys.executable, str(ROOT / "train.py"), f"experiment={name}", f"seed={seed}", "trainer.progress=lines",
-             f"hydra.run.dir={folder}", *extra]
-    at = commit()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ONWARD_OUTPUTS": str(outputs)}
-    subprocess.run(words, check=True, env=environment)
-    (folder / DONE).write_text(json.dumps({"commit": at, "extra": extra}), encoding="utf-8")
+def run(name: str, seed: int, folder: Path, outputs: Path, extra: list[str], at: str) -> int:
+    """The exit code of one seed; its folder is fixed, so that it can be found and is not made twice."""
+    words = [f"experiment={name}", f"seed={seed}", "trainer.progress=lines", f"hydra.run.dir={folder}", *extra]
+    os.environ |= {"OMP_NUM_THREADS": "1", "ONWARD_OUTPUTS": str(outputs)}
+    worker = start(cli.main, words)
+    try:
+        code = worker.result()
+    except EOFError:
+        code = worker.process.exitcode or 1
+    if code == 0:
+        (folder / DONE).write_text(json.dumps({"commit": at, "extra": extra}), encoding="utf-8")
+    return code
 
 
 def quick_overrides(name: str) -> list[str]:
@@ -291,6 +293,7 @@ def main() -> int:
         sys.exit(f"error: --seeds={given} is not valid: natural numbers with commas between them")
     seeds = [int(word) for word in given.split(",")]
     runs = not args.collect and (args.quick or args.all or bool(args.names))
+    at = commit()  # of what is imported now
     rows, failed = [("experiment", "reported", "obtained", "")], []
     for name in names:
         extra = [*(quick_overrides(name) if args.quick else []), *args.set]
@@ -299,10 +302,9 @@ def main() -> int:
             if args.quick or not (folder / f"seed{seed}" / DONE).exists():
                 if args.quick:  # made anew each time, never mixed with what lies there
                     shutil.rmtree(folder / f"seed{seed}", ignore_errors=True)
-                try:
-                    run(name, seed, folder / f"seed{seed}", outputs, extra)
-                except subprocess.CalledProcessError as error:
-                    failed.append(f"{name} seed {seed}: exit code {error.returncode}")
+                code = run(name, seed, folder / f"seed{seed}", outputs, extra, at)
+                if code != 0:
+                    failed.append(f"{name} seed {seed}: exit code {code}")
         made = collect(folder, f"python scripts/reproduce.py {name}") if runs or args.collect else None
         if made is not None and not args.quick:
             record(name, made)

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +19,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.trainer.connectors import callback_connector
 
 from onward.algo.base import Rule
 from onward.allocator import keep_freed_memory
-from onward.checkpoint import Resumed, load_pretrained, read_checkpoint, resume_config
-from onward.config import TrainerSettings, build, config_hash
+from onward.checkpoint import LinkedCheckpoints, Resumed, load_pretrained, read_checkpoint, resume_config
+from onward.config import TrainerSettings, build, config_hash, plain, selected
 from onward.continual.course import Course, course_of
 from onward.data.base import DataSet
 from onward.data.fingerprint import fingerprint
@@ -80,34 +79,35 @@ class Parts:
         return window_length(self.total_steps, self.steps_per_epoch)
 
 
-def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
+def assemble(cfg: Mapping[str, Any], data: DataSet | None = None) -> Parts:
     """Build data, model, rule, hardware and engine from a config; nothing is run and nothing is written.
 
-    ``data`` is what ``cfg.data`` describes, where another run has read it already.
+    Args:
+        cfg: a composed config, or the plain values of a resolved one, as jobs of a sweep carry them.
+        data: what ``cfg["data"]`` describes, where another run has read it already.
 
     Raises:
         ConfigError, DataError, Unsupported: with the key, the value and what would be valid.
     """
     keep_freed_memory()
-    settings = TrainerSettings.from_config(cfg.trainer)
-    hardware = build(cfg.hardware, key="hardware")
+    settings = TrainerSettings.from_config(cfg["trainer"])
+    hardware = build(cfg["hardware"], key="hardware")
     if hardware.runtime.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("hardware.runtime.accelerator", "gpu", "cpu: this machine has no CUDA device")
-    rule = build(cfg.algo, key="algo")
-    data = data or build(cfg.data, key="data")
-    optimizer = build(cfg.optimizer, key="optimizer")
-    schedule = build(cfg.schedule, key="schedule")
-    probes = [build(node, key=f"probe.{name}") for name, node in cfg.probe.items()]
+    rule = build(cfg["algo"], key="algo")
+    data = data or build(cfg["data"], key="data")
+    optimizer = build(cfg["optimizer"], key="optimizer")
+    schedule = build(cfg["schedule"], key="schedule")
+    probes = [build(node, key=f"probe.{name}") for name, node in cfg["probe"].items()]
     spec = data.setup()
-    seed = int(cfg.seed)
+    seed = int(cfg["seed"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, 0, "init/model"))
-        model = build(cfg.model, rule.input_spec(spec), key="model")
+        model = build(cfg["model"], rule.input_spec(spec), key="model")
         if cfg.get("pretrained"):
-            load_pretrained(model, str(cfg.pretrained), seed, TrackingSettings.from_config(cfg.tracking,
-                                                                                           cfg.paths.outputs))
+            load_pretrained(model, str(cfg["pretrained"]), seed, tracking_of(cfg))
         if cfg.get("tuning"):
-            model = build(cfg.tuning, key="tuning")(model, rule.input_spec(spec))
+            model = build(cfg["tuning"], key="tuning")(model, rule.input_spec(spec))
         refusal = refuse(rule, model, spec, hardware)
         if refusal is not None:
             raise Unsupported(refusal)
@@ -131,7 +131,7 @@ def assemble(cfg: DictConfig, data: DataSet | None = None) -> Parts:
         batch = next(iter(data.loader("train", seed).batches()))
         refuse_excess_memory(engine, batch)
         refuse_idle_settings(engine, batch)
-    method = build(cfg.continual, key="continual") if cfg.get("continual") else None
+    method = build(cfg["continual"], key="continual") if cfg.get("continual") else None
     course = course_of(method, engine, data, settings.max_epochs)
     for probe in probes:
         if (refusal := probe.supports(engine)) is not None:
@@ -182,18 +182,18 @@ class Outcome:
     reason: str = ""
 
 
-def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_dir: Path) -> Outcome:
+def execute(cfg: Mapping[str, Any], overrides: list[str], choices: dict[str, str], run_dir: Path) -> Outcome:
     """Train, select on validation, test once; everything tracked, and a table at the end."""
     quiet_lightning()
     resumed = None
-    if cfg.resume:
-        tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+    if cfg["resume"]:
+        tracking = tracking_of(cfg)
         cfg, choices, run_dir, resumed = resume_config(cfg, overrides, choices, tracking)
-    torch.set_num_threads(int(cfg.hardware.runtime.threads))
+    torch.set_num_threads(int(cfg["hardware"]["runtime"]["threads"]))
     return tracked(cfg, assemble(cfg), overrides, choices, run_dir, None, resumed, show=run_table)
 
 
-def execute_job(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_dir: Path,
+def execute_job(cfg: Mapping[str, Any], overrides: list[str], choices: dict[str, str], run_dir: Path,
                 parent_id: str | None = None, resumed: Resumed | None = None, threads: int | None = None) -> Outcome:
     """:func:`execute` as a job of a sweep: quietly, as a child of ``parent_id``, on at most ``threads`` threads.
 
@@ -201,7 +201,7 @@ def execute_job(cfg: DictConfig, overrides: list[str], choices: dict[str, str], 
     data and hardware do not go together, FINISHED with the tag ``skipped`` and the reason.
     """
     quiet_lightning()
-    torch.set_num_threads(min(int(cfg.hardware.runtime.threads), threads or sys.maxsize))
+    torch.set_num_threads(min(int(cfg["hardware"]["runtime"]["threads"]), threads or sys.maxsize))
     try:
         parts = assemble(cfg)
     except Exception as error:
@@ -214,7 +214,7 @@ def execute_job(cfg: DictConfig, overrides: list[str], choices: dict[str, str], 
     return tracked(cfg, parts, overrides, choices, run_dir, parent_id, resumed, show=None)
 
 
-def tracked(cfg: DictConfig, parts: Parts, overrides: list[str], choices: dict[str, str], run_dir: Path,
+def tracked(cfg: Mapping[str, Any], parts: Parts, overrides: list[str], choices: dict[str, str], run_dir: Path,
             parent_id: str | None, resumed: Resumed | None, show: Callable[..., None] | None) -> Outcome:
     """The run of a config whose parts are built; ``show`` gets its figures at the end."""
     identity = {"rule": choices["algo"], "config_hash": config_hash(cfg)}
@@ -232,12 +232,17 @@ def tracked(cfg: DictConfig, parts: Parts, overrides: list[str], choices: dict[s
     return Outcome("FINISHED", run.run_id, f"val/{task.metric}", task.maximise, value, run.metrics(), reason)
 
 
+def tracking_of(cfg: Mapping[str, Any]) -> TrackingSettings:
+    """Where a run with this config is recorded."""
+    return TrackingSettings.from_config(cfg["tracking"], cfg["paths"]["outputs"])
+
+
 @contextmanager
-def begin(cfg: DictConfig, parts: Parts, overrides: list[str], choices: dict[str, str], run_dir: Path,
+def begin(cfg: Mapping[str, Any], parts: Parts, overrides: list[str], choices: dict[str, str], run_dir: Path,
           parent_id: str | None = None, resumed: Resumed | None = None, more_tags: dict[str, str] | None = None,
           ) -> Iterator[Run]:
     """The tracked run of a config whose parts are built, closed by how the ``with`` ends."""
-    tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+    tracking = tracking_of(cfg)
     name = given_name(cfg, choices)
     with Run.start(tracking, name=name, directory=run_dir, params=parameters(cfg, choices, overrides, parts),
                    tags={**tags(cfg, choices, overrides, parts), **(more_tags or {})},
@@ -248,12 +253,12 @@ def begin(cfg: DictConfig, parts: Parts, overrides: list[str], choices: dict[str
         yield run
 
 
-def record_refusal(cfg: DictConfig, overrides: list[str], choices: dict[str, str], run_dir: Path,
+def record_refusal(cfg: Mapping[str, Any], overrides: list[str], choices: dict[str, str], run_dir: Path,
                    parent_id: str | None, error: Exception) -> str:
     """The run of a job that could not begin; its id."""
-    tracking = TrackingSettings.from_config(cfg.tracking, cfg.paths.outputs)
+    tracking = tracking_of(cfg)
     told = {k: v for k, v in choices.items() if k in RUN_CHOICES}
-    run = Run.start(tracking, name=given_name(cfg, choices), directory=run_dir, params={**told, "seed": cfg.seed},
+    run = Run.start(tracking, name=given_name(cfg, choices), directory=run_dir, params={**told, "seed": cfg["seed"]},
                     tags=base_tags(cfg, choices, overrides), parent_id=parent_id)
     with suppress(type(error)), run:
         save_config(run, cfg, choices, overrides)
@@ -263,12 +268,12 @@ def record_refusal(cfg: DictConfig, overrides: list[str], choices: dict[str, str
     return run.run_id
 
 
-def given_name(cfg: DictConfig, choices: dict[str, str]) -> str:
+def given_name(cfg: Mapping[str, Any], choices: dict[str, str]) -> str:
     """The run's name: what ``name=`` says, or rule, model, data and seed."""
-    return cfg.name or run_name(choices["algo"], choices["model"], choices["data"], cfg.seed)
+    return cfg["name"] or run_name(choices["algo"], choices["model"], choices["data"], cfg["seed"])
 
 
-def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[str, str],
+def fit(cfg: Mapping[str, Any], parts: Parts, run: Run, run_dir: Path, choices: dict[str, str],
         identity: dict[str, str], checkpoint: Path | None) -> tuple[float, dict[str, float]]:
     """The Trainer around the rule: fit, then test the checkpoint that validation selected, or what the last task left.
 
@@ -287,7 +292,7 @@ def fit(cfg: DictConfig, parts: Parts, run: Run, run_dir: Path, choices: dict[st
     trial = reporting(cfg, metric)
     if trial is not None:
         callbacks.append(trial)
-    seed = int(cfg.seed)
+    seed = int(cfg["seed"])
     started = time.perf_counter()
     trainer = make_trainer(parts, callbacks, run_dir)
     loader = RankedLoader(parts.data, "train", seed, runtime.devices,
@@ -395,33 +400,34 @@ def make_trainer(parts: Parts, callbacks: list, run_dir: Path, alone: bool = Fal
         callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), num_sanity_val_steps=0,
         use_distributed_sampler=False, default_root_dir=str(run_dir), profiler=NoProfiler(),
+        plugins=[LinkedCheckpoints()],
     )
 
 
-def parameters(cfg: DictConfig, choices: dict[str, str], overrides: list[str], parts: Parts) -> dict[str, Any]:
+def parameters(cfg: Mapping[str, Any], choices: dict[str, str], overrides: list[str], parts: Parts) -> dict[str, Any]:
     """What the UI's parameter columns show: choices, the rule's own axes, optimizer, and anything overridden."""
     shown: dict[str, Any] = {k: choices[k] for k in RUN_CHOICES}
-    shown["seed"] = cfg.seed
+    shown["seed"] = cfg["seed"]
     shown["tuning"] = choices.get("tuning", "full")
     groups = ["algo", "optimizer", "model", "tuning"]
     if parts.course is not None:
         shown["continual"] = choices.get("continual", "none")
         groups.append("continual")
     for group in groups:
-        for key, value in OmegaConf.to_container(cfg.get(group) or OmegaConf.create({}), resolve=True).items():
+        for key, value in plain(cfg.get(group) or {}).items():
             if not key.startswith("_"):
                 shown[f"{group}.{key}"] = value
-    shown["data.batch_size"], shown["trainer.max_epochs"] = cfg.data.batch_size, cfg.trainer.max_epochs
+    shown["data.batch_size"], shown["trainer.max_epochs"] = cfg["data"]["batch_size"], cfg["trainer"]["max_epochs"]
     shown["parameters"] = sum(p.numel() for p in parts.model.parameters())
     for item in overrides:
         key = item.split("=", 1)[0].lstrip("+~")
-        value = OmegaConf.select(cfg, key)
-        if "." in key and value is not None and not OmegaConf.is_config(value):
+        value = selected(cfg, key)
+        if "." in key and value is not None and not isinstance(value, dict | list):
             shown[key] = value
     return shown
 
 
-def tags(cfg: DictConfig, choices: dict[str, str], overrides: list[str], parts: Parts) -> dict[str, str]:
+def tags(cfg: Mapping[str, Any], choices: dict[str, str], overrides: list[str], parts: Parts) -> dict[str, str]:
     """What groups and filters runs: :func:`base_tags`, and what the rule says of itself."""
     info = parts.rule.info
     return {**base_tags(cfg, choices, overrides), "locality": info.locality, "tier": parts.rule.tier,
@@ -429,18 +435,18 @@ def tags(cfg: DictConfig, choices: dict[str, str], overrides: list[str], parts: 
             "goal": "max" if parts.spec.task.maximise else "min", "data_fingerprint": fingerprint(parts.data)}
 
 
-def base_tags(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> dict[str, str]:
+def base_tags(cfg: Mapping[str, Any], choices: dict[str, str], overrides: list[str]) -> dict[str, str]:
     """What is known of a run before anything is built: runs of a ``group`` differ in their seed alone, runs of a
     ``cell`` in nothing that changes what they compute."""
     return {"algo": choices["algo"], "model": choices["model"], "data": choices["data"],
-            "hardware": choices["hardware"], "seed": str(cfg.seed), "group": config_hash(cfg),
+            "hardware": choices["hardware"], "seed": str(cfg["seed"]), "group": config_hash(cfg),
             "cell": config_hash(cfg, with_seed=True), "command": shlex.join(["python", "train.py", *overrides]),
             **trial_tags(cfg)}
 
 
-def save_config(run: Run, cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> None:
+def save_config(run: Run, cfg: Mapping[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
     """The resolved config and what was asked for, in the run's directory and among its artifacts."""
-    run.text("config.yaml", _yaml(OmegaConf.to_container(cfg, resolve=True)))
+    run.text("config.yaml", _yaml(plain(cfg)))
     run.text("choices.json", json.dumps(choices, indent=1))
     run.text("overrides.yaml", _yaml(list(overrides)))
 

@@ -6,13 +6,13 @@ import copy
 import logging
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from onward.app import Outcome, Parts, begin
@@ -33,7 +33,7 @@ LEAST_GAIN = 1.1
 class Lane:
     """One run of a batch."""
 
-    cfg: DictConfig
+    cfg: Mapping[str, Any]
     overrides: list[str]
     choices: dict[str, str]
     directory: Path

@@ -1,17 +1,21 @@
-"""Reading checkpoints, and finding the run that a ``resume=`` or ``pretrained=`` names."""
+"""Writing and reading checkpoints, and finding the run that a ``resume=`` or ``pretrained=`` names."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import re
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins import TorchCheckpointIO
 
 from onward.errors import ConfigError
 from onward.model.base import Stack
@@ -29,6 +33,32 @@ class Resumed:
 
     run_id: str
     checkpoint: Path
+
+
+class LinkedCheckpoints(TorchCheckpointIO):
+    """Writes what several savers ask for at one update once: the other files are links to the first.
+
+    A file that is written again is a new one, so that its links keep what they had.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._step, self._file = -1, Path()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "onward" not in checkpoint:  # what Lightning carries from one process to another
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        step, path = int(checkpoint["onward"]["engine"]["step"]), Path(path)
+        if step == self._step and path != self._file and self._file.is_file():
+            link = path.with_name(f".{path.name}.link")
+            with suppress(OSError):  # a file system without links
+                link.unlink(missing_ok=True)
+                os.link(self._file, link)
+                link.replace(path)
+                return
+        super().save_checkpoint(checkpoint, path, storage_options)
+        self._step, self._file = step, path
 
 
 def read_checkpoint(path: Path, expect_rule: str | None = None, key: str = "resume") -> dict:

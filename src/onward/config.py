@@ -122,10 +122,33 @@ def _shown(cfg: DictConfig, key: object) -> object:
     return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node._value()
 
 
+# ---------------------------------------------------------------------- plain values
+
+
+def plain(node: Any) -> Any:
+    """A part of a config as dicts and lists, with interpolations resolved; anything else as it is."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def selected(cfg: Mapping[str, Any], key: str) -> Any:
+    """The plain value of a dotted key; None where there is none."""
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return None
+        node = node[part]
+    return plain(node)
+
+
 # ---------------------------------------------------------------------- hash
 
 
-def config_hash(cfg: DictConfig, *, with_seed: bool = False) -> str:
+#: settings that recorded runs are older than, at the values that those had
+YOUNGER_RUNTIME = {"precision": "float32", "compile": False}
+_ABSENT = object()
+
+
+def config_hash(cfg: Mapping[str, Any], *, with_seed: bool = False) -> str:
     """SHA-256 of what a run computes: the resolved config without seed, name, tracking, paths and the device's cost.
 
     Runs that differ in the seed alone share it (a run's group); ``with_seed`` tells them apart. ``1`` and
@@ -136,10 +159,12 @@ def config_hash(cfg: DictConfig, *, with_seed: bool = False) -> str:
         if key in NOT_HASHED or (key == "pretrained" and cfg[key] is None) or \
                 (key in NOTHING and cfg[key]["_target_"] == NOTHING[key]):
             continue
-        node = cfg[key]
-        content[str(key)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        content[str(key)] = plain(cfg[key])
     if isinstance(content.get("hardware"), dict):  # what a device would cost changes nothing that is computed
         content["hardware"] = {k: v for k, v in content["hardware"].items() if k != "cost"}
+        if isinstance(content["hardware"].get("runtime"), dict):
+            content["hardware"]["runtime"] = {k: v for k, v in content["hardware"]["runtime"].items()
+                                              if YOUNGER_RUNTIME.get(k, _ABSENT) != v}
     if isinstance(content.get("trainer"), dict):
         content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in NOT_HASHED_TRAINER}
     if with_seed:
@@ -240,7 +265,7 @@ def _plain(node: Mapping | None, key: str) -> dict:
             missing = OmegaConf.missing_keys(node)
             if missing:
                 raise ConfigError(f"{key}.{min(missing)}", "???", "a value, which has to be given")
-            node = OmegaConf.to_container(node, resolve=True)
+            node = plain(node)
         except OmegaConfBaseException as error:
             raise ConfigError(error.full_key or key, str(error.msg or error).splitlines()[0],
                               "an interpolation that can be resolved") from error

@@ -187,7 +187,7 @@ def test_a_sweep_runs_every_combination_under_one_parent(onward, calls, outputs)
     assert result.code == 0
     assert len(re.findall(r"^\[\d/4\]  done  algo=\w+ seed=\d  val/accuracy 0\.5000", result.err, re.MULTILINE)) == 4
     assert len(re.findall(r"^\d  +(backprop|forward_forward)  +[01]  +0\.5000", result.out, re.MULTILINE)) == 4
-    assert [(run[2]["algo"], run[0].seed) for run in calls.runs] == [
+    assert [(run[2]["algo"], run[0]["seed"]) for run in calls.runs] == [
         ("backprop", 0),
         ("backprop", 1),
         ("forward_forward", 0),
@@ -203,9 +203,9 @@ def test_a_sweep_runs_every_combination_under_one_parent(onward, calls, outputs)
 
 def test_a_failed_job_is_reported_and_the_sweep_goes_on(onward, calls):
     def sometimes(cfg):
-        if cfg.seed == 1:
+        if cfg["seed"] == 1:
             raise Diverged("train/loss is not finite at update 5")
-        if cfg.seed == 2:
+        if cfg["seed"] == 2:
             raise ZeroDivisionError("a defect")
         return 0.5
 
@@ -229,7 +229,7 @@ def test_a_failed_job_is_reported_and_the_sweep_goes_on(onward, calls):
 
 def test_ctrl_c_ends_the_whole_sweep(onward, calls):
     def interrupt(cfg):
-        if cfg.seed == 1:
+        if cfg["seed"] == 1:
             raise KeyboardInterrupt
         return 0.5
 
@@ -247,7 +247,7 @@ def test_a_file_may_ask_for_a_sweep(onward, calls, overlay):
         "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1,2\n",
     )
     assert onward("--config-dir", str(folder), "experiment=seeds").code == 0
-    assert [run[0].seed for run in calls.runs] == [0, 1, 2]
+    assert [run[0]["seed"] for run in calls.runs] == [0, 1, 2]
 
 
 # ---------------------------------------------------------------------- tools and the wheel

@@ -167,7 +167,7 @@ def test_an_interrupted_job_resumes_and_gives_what_it_would_have_given(run, stor
     fit = app.fit
 
     def marked(cfg, parts, run, run_dir, choices, identity, checkpoint):
-        marks = {**identity, "interrupted": str(cfg.seed) if cfg.seed == 1 and checkpoint is None else ""}
+        marks = {**identity, "interrupted": str(cfg["seed"]) if cfg["seed"] == 1 and checkpoint is None else ""}
         return fit(cfg, parts, run, run_dir, choices, marks, checkpoint)
 
     monkeypatch.setattr(app.Progress, "on_validation_end", interrupt)

@@ -255,9 +255,15 @@ def _label(settings: list[Setting]) -> None:
         return
     keys = differing_keys([s.config for s in settings])
     for setting in settings:
-        said = [f"{key}={setting.config.get(key, 'unset')}" for key in keys]
+        said = [_said(key, setting.config.get(key, "unset")) for key in keys]
         more = f", {len(said) - _LABEL_KEYS} more" if len(said) > _LABEL_KEYS else ""
         setting.label = ", ".join(said[:_LABEL_KEYS]) + more or setting.group[:8]
+
+
+def _said(key: str, value: str) -> str:
+    """``key=value``; what is built for a group by the name of its class alone, as ``continual=Replay``."""
+    group, dot, last = key.rpartition(".")
+    return f"{group}={value.rpartition('.')[2]}" if dot and last == "_target_" else f"{key}={value}"
 
 
 def differing_keys(configs: Iterable[Mapping[str, str]]) -> list[str]:

@@ -15,7 +15,7 @@ from onward.engine.engine import Engine
 from onward.engine.tape import DenseTape, Tape
 from onward.engine.update import UpdateChain
 from onward.errors import Unsupported
-from onward.seeds import generator
+from onward.seeds import derive
 
 
 class BatchedEngine:
@@ -237,6 +237,7 @@ class _Lane(Engine):
         self._own, self._local = first._own, first._local  # how many gradients a unit is given
         self.updates = updates
         self.seeds = list(seeds)
+        self._generators = [torch.Generator() for _ in seeds]  # seeded anew for every draw
         self.ledger: Counter[str] = Counter()
         self.step_index = first.step_index
         self.block_losses = torch.zeros(first.depth)
@@ -255,7 +256,8 @@ class _Lane(Engine):
 
     def random(self, stream, sample):
         step = self.step_index
-        return _lane(torch.stack([sample(generator(seed, step, stream)) for seed in self.seeds]))
+        return _lane(torch.stack([sample(g.manual_seed(derive(seed, step, stream)))
+                                  for g, seed in zip(self._generators, self.seeds, strict=True)]))
 
     # -- parameters and gradients
 

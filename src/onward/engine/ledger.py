@@ -87,24 +87,23 @@ class Flops(TorchDispatchMode):
 
 
 def step_cost(engine: Engine, batch: Batch) -> dict[str, float]:
-    """What one update of this rule costs, measured on copies of the engine so that training is untouched.
+    """What one update of this rule costs, measured on a copy of the engine so that training is untouched.
 
     ``flops``: of all matrix products. ``moved_numbers``: of their operands and results. ``peak_bytes``: of tensors made
     during the step, without parameters and optimizer state. ``saved_bytes``: kept for a backward pass. Counts: unit
     executions, pull-backs.
     """
-    warm = copy.deepcopy(engine)
-    warm.train_step(batch)  # optimizer state exists from the second step on
+    trial = copy.deepcopy(engine)
+    trial.train_step(batch)  # optimizer state exists from the second step on
 
-    trial = copy.deepcopy(warm)
     before = trial.ledger.copy()
     live = LiveBytes()
     with Flops() as flops, live:  # neither makes a tensor that the other would count
         trial.train_step(batch)
     counts = trial.ledger - before
 
-    with SavedBytes(warm.model.parameters()) as saved:
-        warm.train_step(batch)
+    with SavedBytes(trial.model.parameters()) as saved:
+        trial.train_step(batch)
 
     units = engine.depth + 1
     return {

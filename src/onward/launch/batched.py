@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-
-from omegaconf import DictConfig, OmegaConf
 
 from onward.config import config_hash
 from onward.errors import OnwardError
@@ -59,21 +56,6 @@ def shape(job: Job) -> str:
     return config_hash({**job.config, "optimizer": {**job.config["optimizer"], "lr": None}})
 
 
-def configs(jobs: Sequence[Job]) -> list[DictConfig]:
-    """The jobs' configs; what a job shares with the first is copied, many times faster than it is made."""
-    first, copied = jobs[0].config, pickle.dumps(OmegaConf.create(jobs[0].config))
-    made = []
-    for job in jobs:
-        cfg = pickle.loads(copied)
-        for key in job.config.keys() | first.keys():
-            if key not in job.config:
-                del cfg[key]
-            elif key not in first or job.config[key] != first[key]:
-                cfg[key] = job.config[key]
-        made.append(cfg)
-    return made
-
-
 def run_together(jobs: Sequence[Job]) -> tuple[list[Done], list[Job]]:
     """Results of the jobs that could be trained together, and the jobs that are to be run alone."""
     if len(jobs) < 2:
@@ -83,14 +65,15 @@ def run_together(jobs: Sequence[Job]) -> tuple[list[Done], list[Job]]:
     started = time.perf_counter()
     with threads_limited(jobs[0].threads), notes_kept():
         lanes, data = [], None
-        for job, cfg in zip(jobs, configs(jobs), strict=True):
+        for job in jobs:
             try:
-                parts = app.assemble(cfg, data)
+                parts = app.assemble(job.config, data)
             except OnwardError as error:  # alone, it becomes the run that says so
                 log.info("not batched: %s", error)
                 return [], list(jobs)
             data = parts.data
-            lanes.append(batched.Lane(cfg, list(job.overrides), job.choices, Path(job.directory), job.parent_id, parts))
+            lanes.append(batched.Lane(job.config, list(job.overrides), job.choices, Path(job.directory), job.parent_id,
+                                      parts))
         if (reason := batched.refuse(lanes)) is not None:
             log.warning("%d jobs of algo=%s run one after another, not as a batch: %s", len(jobs),
                         jobs[0].choices["algo"], reason)

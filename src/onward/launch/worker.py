@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from onward.errors import Diverged, OnwardError
 from onward.launch.job import FAILED, Job, JobResult
 
@@ -44,15 +42,18 @@ def run_job(job: Job) -> JobResult:
 def _execute(job: Job):
     from onward import app
 
-    cfg, directory = OmegaConf.create(job.config), Path(job.directory)
-    if job.run_id is None:
-        return app.execute_job(cfg, list(job.overrides), job.choices, directory, job.parent_id, None, job.threads)
+    directory, resumed = Path(job.directory), None
+    if job.run_id is not None:
+        resumed = _resumed(job, directory)
+    return app.execute_job(job.config, list(job.overrides), job.choices, directory, job.parent_id, resumed, job.threads)
+
+
+def _resumed(job: Job, directory: Path):
     from onward.checkpoint import Resumed, read_checkpoint
 
     checkpoint = directory / "checkpoints" / "last.ckpt"
     read_checkpoint(checkpoint, expect_rule=job.choices["algo"])
-    return app.execute_job(cfg, list(job.overrides), job.choices, directory, job.parent_id,
-                           Resumed(job.run_id, checkpoint), job.threads)
+    return Resumed(job.run_id, checkpoint)
 
 
 def recorded_id(directory: str) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback
 
+from onward.config import plain
 from onward.search.settings import SearchSettings
 from onward.tracking.settings import TrackingSettings
 
@@ -18,8 +18,7 @@ def trial_of(cfg: Mapping[str, Any]) -> dict[str, Any] | None:
     A final run of a search has a study, and no number.
     """
     sweep = cfg.get("sweep") or {}
-    trial = sweep.get("trial")
-    return OmegaConf.to_container(trial) if OmegaConf.is_config(trial) else trial
+    return plain(sweep.get("trial"))
 
 
 def trial_tags(cfg: Mapping[str, Any]) -> dict[str, str]:

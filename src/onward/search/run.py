@@ -56,7 +56,7 @@ class Plan:
 
     def name(self, settings: SearchSettings) -> str:
         """The study's name: its cell, and a hash of all that its trials depend on. More trials are the same study."""
-        content = [config_hash(OmegaConf.create(self.base.config), with_seed=True), settings.sampler, settings.seed,
+        content = [config_hash(self.base.config, with_seed=True), settings.sampler, settings.seed,
                    settings.pruner, settings.startup, settings.min_epochs, settings.reduction,
                    settings.trials if settings.sampler == "grid" else None,
                    [[p.key, p.distribution, p.low, p.high, list(p.choices)] for p in self.space.parameters]]
@@ -119,7 +119,7 @@ class Search:
 
         key = json.dumps(plan.base.config["data"], sort_keys=True, default=str)
         try:
-            parts = app.assemble(OmegaConf.create(plan.base.config), read.get(key))
+            parts = app.assemble(plan.base.config, read.get(key))
         except Unsupported as reason:
             plan.refusal = str(reason)
             return
@@ -135,7 +135,7 @@ class Search:
         words = [*plan.words, f"{parameter.key}={word(value)}"]
         try:
             cell = self.sweep.prepare([words])[0]
-            app.assemble(OmegaConf.create(cell.config), data)
+            app.assemble(cell.config, data)
         except ConfigError as error:
             raise ConfigError(f"search.{parameter.key}", value, error.valid) from error
         except Unsupported as error:

@@ -203,6 +203,13 @@ def test_the_shown_setting_is_chosen_by_seeds_then_validation_never_by_test(writ
     assert set(rows) == {"backprop (optimizer.lr=0.1)", "backprop (optimizer.lr=0.2)", "backprop (optimizer.lr=0.3)"}
 
 
+def test_what_is_built_for_a_group_is_named_by_its_class():
+    from onward.compare.cells import _said
+
+    assert _said("continual._target_", "onward.continual.replay.Replay") == "continual=Replay"
+    assert _said("optimizer.lr", "0.1") == "optimizer.lr=0.1" and _said("seed", "unset") == "seed=unset"
+
+
 def test_a_repeated_seed_counts_once(writer):
     writer.run("backprop", 0, 0.5)
     newer = writer.run("backprop", 0, 0.7)
