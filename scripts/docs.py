@@ -17,6 +17,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import statistics
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from omegaconf import OmegaConf
 import onward.hardware
 from onward.algo import base
 from onward.catalogue import config_dir, header, options, summary
+from onward.compare.records import less_is_better
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
 from onward.engine import Engine
@@ -45,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "one update of an MLP 64-128-128-128-10 at batch 64, with the rule's own optimizer"
 KEPT = {"alignment.md", "benchmark.md", "benchmark_sweep.md", "compare.md", "continual.md",
         "coordinates_or_directions.md", "federated.md", "hardware_bits.md", "hardware_matrix.md", "hardware_noise.md",
-        "questions.md", "scaling_laws.md", "server.md", "sweeps.md"}
+        "local_guesses.md", "questions.md", "scaling_laws.md", "server.md", "sweeps.md"}
 #: pages that scripts/hardware.py has written, or will
 CURVES = {"hardware_noise.md": "accuracy against noise", "hardware_bits.md": "accuracy against bits"}
 KEPT_FOLDER = "comparison/"  # an example that scripts/compare.py wrote
@@ -322,7 +324,8 @@ def index_page() -> str:
         "Locality is what a block's update depends on:", "", *[f"- **{k}**: {text}" for k, text in LOCALITY.items()],
         "", "See also: [models](models.md), [data](data.md), [hardware](hardware.md), "
         "[experiments](experiments.md), [comparisons](compare.md), [questions answered by runs](questions.md), "
-        "[alignment of feedback](alignment.md), [tasks one after another](continual.md).", ""])
+        "[alignment of feedback](alignment.md), [tasks one after another](continual.md), [coordinates or random "
+        "directions](coordinates_or_directions.md), [local guesses](local_guesses.md).", ""])
 
 
 def group_page(title: str, group: str, text: str) -> str:
@@ -412,20 +415,46 @@ def experiment_lines(e: dict) -> list[str]:
         curve = made.get("validation_curve_of_first_seed", {})
         if curve:
             rows += [[f"validation {metric} by epoch", ", ".join(f"{k}: {v:.4f}" for k, v in curve.items())]]
-    return [f"## {e['name']}", "", f"{e['title']}.", "", "```bash", f"python train.py experiment={e['name']}", "```",
+    return [f"### {e['name']}", "", f"{e['title']}.", "", "```bash", f"python train.py experiment={e['name']}", "```",
             "", *table(["", ""], rows), ""]
 
 
+def obtained_mean(e: dict) -> tuple[str, float] | None:
+    """The metric of an experiment and its mean over seeds; None if it was not run."""
+    metric = next((key.removeprefix("test_") for key in e["obtained"] if key.startswith("test_")), None)
+    return None if metric is None else (metric, statistics.mean(e["obtained"][f"test_{metric}"]))
+
+
+def by_net_and_figure(e: dict) -> tuple:
+    """Nets together, the best figure of each first, what was not run last."""
+    found = obtained_mean(e)
+    if found is None:
+        return e["model"], True, 0.0, e["name"]
+    metric, mean = found
+    return e["model"], False, mean if less_is_better(metric) else -mean, e["name"]
+
+
 def experiments_page() -> str:
-    rows = [[f"[{e['name']}](#{e['name']})", e["algo"], e["model"], e["data"], *beside(e)] for e in experiments()]
+    everything = experiments()
+    data = sorted({e["data"] for e in everything})
+    made = {d: sum(e["data"] == d and bool(e["obtained"]) for e in everything) for d in data}
+    tables = []
+    for d in data:
+        rows = [[e["model"], f"**{e['algo']}**" if rule(e["algo"]).info.control else e["algo"],
+                 f"[{e['name']}](#{e['name']})", *beside(e)]
+                for e in sorted((e for e in everything if e["data"] == d), key=by_net_and_figure)]
+        tables += [f"## {d}", "", *table(["model", "rule", "experiment", "reported", "obtained"], rows), ""]
     return "\n".join(["# Experiments: reported and obtained", "", *prose(
-        "`reported` is the source's figure, `obtained` what the command gave here: test accuracy of the checkpoint "
-        "that validation selected, mean and sample standard deviation over seeds, written into conf/experiment/ by "
-        "`python scripts/reproduce.py`. Experiments are shorter or smaller than their sources where those take "
-        "hours; the source's setting is named beside its figure. The settings were found with test figures in view "
-        "and with unequal effort per rule: these runs show that a rule works, not which rule is better."), "",
-        *table(["experiment", "rule", "model", "data", "reported", "obtained"], rows), "",
-        *[line for e in experiments() for line in experiment_lines(e)]])
+        "`reported` is the source's figure, `obtained` what the command gave here: test accuracy (or what the data set "
+        "is measured by) of the checkpoint that validation selected, mean and sample standard deviation over seeds, "
+        "written into conf/experiment/ by `python scripts/reproduce.py`. Experiments are shorter or smaller than their "
+        "sources where those take hours; the source's setting is named beside its figure. The settings were found "
+        "with test figures in view and with unequal effort per rule: these runs show that a rule works, not which "
+        "rule is better. **Bold** rules are controls. Rows of one net may differ in width, epochs and hardware, which "
+        "the experiment says."), "",
+        *prose(f"{sum(made.values())} of {len(everything)} were run: " + ", ".join(
+            f"[{d}](#{d}) {made[d]} of {sum(e['data'] == d for e in everything)}" for d in data) + "."), "",
+        *tables, "## Every experiment", "", *[line for e in everything for line in experiment_lines(e)]])
 
 
 def pages() -> dict[str, str]:

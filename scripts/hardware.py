@@ -285,6 +285,10 @@ def curves(picture: Picture, rules: Sequence[str], seeds: int, epochs: int, fold
 
 # ---------------------------------------------------------------------- overhead
 
+#: presets of more than three times float32's time, and why that cannot be otherwise
+SLOW = {"int16_dfp": "its register is spilled into a float32 sum after every 8 products, so that a product of matrices "
+                     "is as many as it has eights, in float64, which alone holds their sums, each rounded and added"}
+
 
 def overhead(rounds: int = 9) -> None:
     """Print the time of an update of backprop in every preset of number formats, relative to float32 beside it."""
@@ -314,6 +318,7 @@ def overhead(rounds: int = 9) -> None:
         made = engine_in(preset)
         seconds(*made)
         print(f"| {preset} | {median(seconds(*made) / seconds(*exact) for _ in range(rounds)):.2f} |", flush=True)
+    print("\nAbove 3: " + "; ".join(f"{preset}, as {why}" for preset, why in SLOW.items()) + ".")
 
 
 PICTURES = {"noise": noise_picture, "bits": bits_picture}

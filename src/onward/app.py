@@ -309,9 +309,10 @@ def fit(cfg: Mapping[str, Any], parts: Parts, run: Run, run_dir: Path, choices: 
         evaluator.validate(module, RankedLoader(parts.data, "val", seed, 1), verbose=False)
     selected = round(float({**evaluator.callback_metrics, **trainer.callback_metrics}[metric]), 6)
     if best and parts.course is None:  # a learner of one task after another cannot go back
-        state = read_checkpoint(Path(best))
-        module.load_state_dict(state["state_dict"])
-        parts.hardware.load_state_dict(state["onward"]["engine"].get("hardware", {}))
+        if runtime.devices > 1 or not trainer.strategy.checkpoint_io.is_of(Path(best), parts.engine.step_index):
+            state = read_checkpoint(Path(best))
+            module.load_state_dict(state["state_dict"])
+            parts.hardware.load_state_dict(state["onward"]["engine"].get("hardware", {}))
         selected = round(float(saver.best_model_score), 6) if saver.best_model_score is not None else selected
     results = {f"best/{metric}": selected}
     if parts.course is not None:
@@ -327,9 +328,11 @@ def fit(cfg: Mapping[str, Any], parts: Parts, run: Run, run_dir: Path, choices: 
         "seconds/total": round(time.perf_counter() - started, 4),
         "memory/peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
         **{f"hardware/acted/{name}": float(parts.hardware.fired[name]) for name in parts.hardware.settings()},
+        **parts.hardware.sparsity.report(),
     }
     run.log(results, parts.engine.step_index)
-    run.set_tags({"readout": getattr(module, "primary_readout", "")})
+    sparse = {"sparsity": parts.hardware.sparsity.pattern} if parts.hardware.sparsity.weight is not None else {}
+    run.set_tags({"readout": getattr(module, "primary_readout", ""), **sparse})
     if trial is not None and (why := trial.pruned()):
         run.set_tags({"pruned": "true", "status_reason": why})
     return selected, results

@@ -60,6 +60,10 @@ class LinkedCheckpoints(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
         self._step, self._file = step, path
 
+    def is_of(self, path: Path, step: int) -> bool:
+        """Whether a file was written at that update: what is in memory then need not be read from it."""
+        return step == self._step and self._file.is_file() and path.is_file() and path.samefile(self._file)
+
 
 def read_checkpoint(path: Path, expect_rule: str | None = None, key: str = "resume") -> dict:
     """Load a checkpoint with ``weights_only=True``; ``key`` of the config names it.

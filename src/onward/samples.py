@@ -57,6 +57,7 @@ SMALL = {
     "text_transformer": {"dim": 8, "depth": 2, "heads": 2},
     "gnn": {"widths": [8, 8]},
     "rnn": {"widths": [8]},
+    "snn": {"widths": [8], "steps": 4},
     "deepfm": {"embedding": 4, "widths": [8, 8]},
     "coordinate_net": {"features": 6, "widths": [8, 8]},
 }

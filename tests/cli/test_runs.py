@@ -199,6 +199,13 @@ def test_an_interrupted_run_is_killed_with_its_checkpoint_kept(number, code, sto
     assert checkpoint["onward"]["engine"]["step"] >= 2
 
 
+def test_a_sparse_run_says_how_sparse(run, store):
+    code, _, err = run("algo=backprop", "name=half", "hardware/sparsity=nm", "trainer.max_epochs=1", *SMALL)
+    assert code == 0, err
+    (sparse,) = runs(store, "half")
+    assert sparse.data.tags["sparsity"] == "2:4" and sparse.data.metrics["sparsity/forward_density"] == 0.5
+
+
 def test_a_run_that_ends_before_its_first_validation_is_validated_once(run, store):
     code, _, err = run("algo=backprop", "name=short", "trainer.max_steps=2", "trainer.max_epochs=9",
                        "trainer.validate_every=5", *SMALL)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from support import accuracy, adam, make_engine, train
+import torch
+from support import accuracy, adam, digits, make_engine, train
 
 from onward.algo.perturbation.likelihood_ratio import LikelihoodRatio
 from onward.algo.reference.frozen_trunk import FrozenTrunk
+from onward.model.snn import snn
+from onward.seeds import derive
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +34,14 @@ def test_learned_noise_shrinks_where_it_only_hurts():
     engine = train(make_engine(rule, widths=(20, 20), optimizer=adam(1e-2)), epochs=15)
     assert all(float(engine.rule.sigma_of(i)) < 0.4 for i in range(3))
     assert accuracy(engine) >= 0.6
+
+
+def test_spiking_layers_learn_without_a_derivative_of_a_spike():
+    def reached(rule, lr: float) -> float:
+        torch.manual_seed(derive(0, 0, "init"))
+        net = snn(digits()[0], widths=(12, 12), steps=4)
+        return accuracy(train(make_engine(rule, net, optimizer=adam(lr))))
+
+    found = reached(LikelihoodRatio(sigma=0.3), 3e-2)
+    assert found >= 0.86
+    assert found - reached(FrozenTrunk(), 3e-2) >= 0.5

@@ -81,8 +81,8 @@ def test_the_estimate_written_out_client_by_client():
                 if rows.any():
                     moved = loss(theta + sigma * z, rows) - loss(theta, rows)
                     g += rows.double().mean() * moved * sigma * z / sigma**2 / k
-    expected = g.clamp(-clip, clip)
-    assert 0.05 < (g.abs() > clip).double().mean() < 0.95, "the clip acts on a part"
+    expected = g * (clip / g.abs().max())
+    assert g.abs().max() > 2 * clip, "the clip acts, and keeps the direction"
     torch.testing.assert_close(flat(gradients(engine, batch)), expected, rtol=1e-8, atol=1e-9)
 
 

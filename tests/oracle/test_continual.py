@@ -7,15 +7,20 @@ import copy
 import pytest
 import pytorch_lightning as pl
 import torch
-from support import a_batch, digits, make_engine, sgd
+import torch.nn.functional as F
+from support import a_batch, digits, gradients, make_engine, sgd
 
 from onward.algo.perturbation.zeroth_order import ZerothOrder
 from onward.algo.reference.backprop import Backprop
 from onward.app import RankedLoader, assemble, make_trainer, savers
+from onward.catalogue import options
 from onward.continual import measures
 from onward.continual.anchors import EWC, L2, fisher_diagonal
+from onward.continual.distillation import LwF
 from onward.continual.replay import Replay, reservoir
+from onward.data.spec import Batch
 from onward.data.split_digits import SplitDigits
+from onward.data.task import Classification, HeadedClassification
 from onward.errors import ConfigError, Unsupported
 from onward.model.mlp import mlp
 from onward.module import ExperimentModule
@@ -206,6 +211,127 @@ def test_an_update_follows_the_rules_gradient_and_the_pull(rule):
     assert expected.norm() > 0.1
 
 
+# ---------------------------------------------------------------------- distillation
+
+
+def taught(method: LwF, scenario: str = "class", tasks: int = 2, rule=Backprop):
+    """An engine whose net has walked on since the last of ``tasks`` ended, and one batch of the next."""
+    data = stream(scenario=scenario)
+    engine = make_engine(rule(), mlp(data.spec, (6, 5), activation="tanh"), data.spec, dtype=torch.float64)
+    method.setup(engine)
+    for task in range(tasks):
+        walk(engine)
+        method.end_task(engine, data, task)
+    old = copy.deepcopy(engine.model)
+    walk(engine)
+    x, y = (t[:12] for t in data.samples("train", tasks))
+    return engine, old, Batch(x.double(), y, total=12)
+
+
+@pytest.mark.parametrize(("scenario", "known", "told"), [
+    ("class", range(4), range(10)), ("domain", range(2), range(2)), ("task", range(4), range(4, 6))])
+def test_loss_and_its_gradient_are_the_published_ones(scenario, known, told):
+    method = LwF(strength=0.7, temperature=3.0)
+    engine, old, batch = taught(method, scenario)
+    given = method.mix(engine, batch)
+    rows = dict(zip(told, range(len(told)), strict=True))
+    y = torch.tensor([rows[int(c)] for c in batch.y])
+    scores = engine.model(batch.x).detach().requires_grad_()
+    q = torch.softmax(old(batch.x).detach()[:, list(known)] / 3.0, -1)
+    log_p = torch.log_softmax(scores[:, list(known)] / 3.0, -1)
+    expected = F.cross_entropy(scores[:, list(told)], y) + 0.7 * 9 * F.kl_div(log_p, q, reduction="batchmean")
+    published = F.cross_entropy(scores[:, list(told)], y) - 0.7 * 9 * (q * log_p).sum(-1).mean()  # equations 2, 3
+    error, = torch.autograd.grad(expected, scores, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(published, scores)[0], error)
+    loss, found = engine.task.loss_and_error(scores.detach(), given)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(found, error, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(engine.task.row_loss(*engine.task.select(scores, given)).mean(), expected)
+
+
+def test_the_net_of_the_last_task_is_asked_and_the_present_one_is_left_as_it_is():
+    method = LwF()
+    engine, old, batch = taught(method)
+    before = copy.deepcopy(engine.model.state_dict())
+    given = method.mix(engine, batch)
+    q = torch.softmax(old(batch.x).detach()[:, :4] / 2.0, -1)
+    torch.testing.assert_close(given.teacher[:, :4], q)
+    assert (given.teacher[:, 4:] == 0).all()
+    assert all(torch.equal(t, before[n]) for n, t in engine.model.state_dict().items())
+    assert engine.model.training and engine.rule.training
+
+
+def test_a_net_that_has_not_moved_learns_what_it_would_without():
+    """At the teacher itself the divergence has no gradient: LwF holds nothing before something is lost."""
+    method = LwF(strength=50.0)
+    engine, old, batch = taught(method)
+    engine.model.load_state_dict(old.state_dict())
+    plain = make_engine(Backprop(), copy.deepcopy(old), engine.spec, dtype=torch.float64)
+    with_it, without = gradients(engine, method.mix(engine, batch)), gradients(plain, batch)
+    for name, grads in without.items():
+        for a, b in zip(with_it[name], grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_first_task_and_measurements_have_no_teacher():
+    engine = make_engine(Backprop(), widths=(6,), spec=stream().spec, dtype=torch.float64)
+    method = LwF()
+    method.setup(engine)
+    batch = a_batch(16, torch.float64)
+    assert method.mix(engine, batch) is batch
+    scores = engine.model(batch.x).detach()
+    loss, error = Classification(10).loss_and_error(scores, batch)
+    found = engine.task.loss_and_error(scores, batch)
+    assert torch.equal(found[0], loss) and torch.equal(found[1], error)
+
+
+def test_heads_leave_the_classes_of_other_tasks_out():
+    task, draw = HeadedClassification(6, heads=(0, 1, 0, 1, 2, 2)), torch.Generator().manual_seed(0)
+    scores = torch.randn(9, 6, generator=draw, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 3, 4, 5, 0, 3, 2])
+    own = {0: [0, 2], 1: [1, 3], 2: [0, 2], 3: [1, 3], 4: [4, 5], 5: [4, 5]}
+    losses = [F.cross_entropy(s[own[int(c)]], torch.tensor(own[int(c)].index(int(c))))
+              for s, c in zip(scores, y, strict=True)]
+    expected = torch.stack(losses).mean()
+    error, = torch.autograd.grad(expected, scores)
+    batch = Batch(scores, y)
+    for loss, found in (task.loss_and_error(scores.detach(), batch),
+                        (task.loss(scores, batch), task.error(scores, batch))):
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(found, error)
+    rows, _ = task.select(scores, batch)
+    assert all(int(c) in own[int(t)] for c, t in zip(rows.argmax(-1), y, strict=True))
+
+
+ALONE = ("backprop_on_goodness", "ff_layer_collaboration", "forward_forward", "forward_gnn", "mono_forward", "noprop",
+         "noprop_adjoint", "noprop_backprop", "noprop_ct", "noprop_fm", "physical_forward_forward",
+         "recurrent_forward_forward", "scalable_forward_forward", "soft_hebb")
+DEAF = {**dict.fromkeys(ALONE, r"continual=lwf.*no network from input to scores.*continual=replay"),
+        "deep_supervision": r"continual=lwf.*losses of its own: use continual=replay"}
+
+
+@pytest.mark.parametrize("name", options("algo"))
+def test_every_rule_that_takes_it_hears_the_teacher(name):
+    """One update with a strong teacher and one with a weak one end at different weights; other rules are refused."""
+    ends = []
+    for strength in (1e-6, 5.0):
+        words = [f"algo={name}", "continual=lwf", f"continual.strength={strength}", "optimizer=sgd",
+                 "optimizer.lr=0.01"]
+        if name in DEAF:
+            with pytest.raises(Unsupported, match=DEAF[name]):
+                parts_of(*words)
+            return
+        parts = parts_of(*words)
+        engine, course = parts.engine, parts.course
+        walk(engine)
+        course.method.end_task(engine, parts.data, 0)
+        walk(engine)
+        x, y = (t[:16] for t in parts.data.samples("train", 1))
+        engine.train_step(course.mix(engine, Batch(x, y, index=torch.arange(16), rows=slice(0, 16), total=16)))
+        ends.append(torch.cat([p.detach().flatten() for p in engine.model.parameters()]))
+    assert not torch.equal(*ends)
+
+
 # ---------------------------------------------------------------------- a run
 
 
@@ -220,7 +346,7 @@ def fit(tmp_path, words, epochs: int, checkpoint: bool = False):
     return module, parts
 
 
-@pytest.mark.parametrize("method", ["none", "replay", "l2", "ewc"])
+@pytest.mark.parametrize("method", ["none", "replay", "l2", "ewc", "lwf"])
 @pytest.mark.parametrize("rule", ["backprop", "zeroth_order"])
 @pytest.mark.parametrize("stop", [3, 4], ids=["within a task", "between two tasks"])
 def test_a_run_resumed_across_a_task_boundary_is_the_same_to_the_last_bit(tmp_path, rule, method, stop):
@@ -264,6 +390,10 @@ def test_the_matrix_is_that_of_the_weights_at_the_boundaries():
     (["continual=replay", "continual.rows=0"], ConfigError, r"continual\.rows=0.*positive"),
     (["continual=l2", "continual.strength=0.0"], ConfigError, r"continual\.strength=0.*positive weight"),
     (["continual=ewc", "continual.samples=0"], ConfigError, r"continual\.samples=0.*positive"),
+    (["continual=lwf", "continual.strength=-1"], ConfigError, r"continual\.strength=-1.*a positive number"),
+    (["continual=lwf", "continual.temperature=0"], ConfigError, r"continual\.temperature=0.*a positive number"),
+    (["continual=lwf", "data=digits"], Unsupported, r"continual=lwf.*data=digits is one task.*split_digits"),
+    (["continual=lwf", "algo=forward_forward"], Unsupported, r"continual=lwf.*no network from input to scores.*replay"),
     (["trainer.max_epochs=11"], ConfigError, r"trainer\.max_epochs=11.*at most 10: data.tasks=5 of data.epochs=2"),
     (["data.tasks=4"], ConfigError, r"data\.tasks=4.*2 or 5: a divisor of the 10 classes"),
     (["continual=replay", "data=digits"], Unsupported, r"continual=replay.*data=digits is one task.*split_digits"),

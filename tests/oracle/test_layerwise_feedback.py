@@ -30,6 +30,7 @@ from onward.model.mlp import mlp
 from onward.model.mobilenet_v3 import mobilenet_v3
 from onward.model.resnet import resnet
 from onward.model.rnn import rnn
+from onward.model.snn import snn
 from onward.model.transformer import transformer
 from onward.probe.alignment import Alignment
 from onward.seeds import generator
@@ -107,6 +108,7 @@ CASES = {
     "elman": (DIGITS, lambda: rnn(DIGITS, cell="rnn", widths=(7, 6))),
     "gru": (DIGITS, lambda: rnn(DIGITS, cell="gru", widths=(7, 6))),
     "lstm": (TOKENS, lambda: rnn(TOKENS, cell="lstm", widths=(7, 6))),
+    "spiking": (DIGITS, lambda: snn(DIGITS, widths=(7, 6), steps=3)),
     "gcn": (NODES, lambda: gnn(NODES, layer="gcn", widths=(7, 6))),
     "sage": (NODES, lambda: gnn(NODES, layer="sage", widths=(7, 6))),
     "gat": (NODES, lambda: gnn(NODES, layer="gat", widths=(8, 6), heads=2)),

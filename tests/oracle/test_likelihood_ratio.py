@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from math import prod
 
 import pytest
@@ -22,6 +23,7 @@ from onward.model.cnn import cnn
 from onward.model.gnn import gnn
 from onward.model.mlp import mlp
 from onward.model.rnn import rnn
+from onward.model.snn import snn
 from onward.model.transformer import transformer
 from onward.samples import SMALL, family
 
@@ -179,6 +181,32 @@ def test_noise_inside_a_recurrent_layer_needs_no_derivative_through_time():
     found = iter(torch.autograd.grad(loss, [p for unit in params for p in unit]))
     exact = [flat(next(found) for _ in unit) for unit in params]
     assert_unbiased(estimates(engine, batch, 400), exact)
+
+
+def test_noise_at_thresholds_needs_no_derivative_of_a_spike():
+    """Three neurons without memory, two steps: a neuron fires with ``Phi((z - 1) / sigma)``, so that E L is the sum
+    over all 64 patterns of spikes, whose gradient the surrogate derivative misses and the likelihood ratio finds."""
+    spec = DataSpec("still", "flat", (5,), Regression(2), 6, 6, 6)
+    g = torch.Generator().manual_seed(7)
+    batch = Batch(torch.randn(6, 5, generator=g).double(), torch.randn(6, 2, generator=g).double(), total=6)
+    torch.manual_seed(8)
+    rule = LikelihoodRatio(sigma=0.5, noise="together", copies=8, exact=("readout",), **GOOD)
+    engine = make_engine(rule, snn(spec, widths=(3,), steps=2, decay=0.0), spec, sgd(0.0), dtype=torch.float64)
+    block, readout = engine.units
+    block.input.bias.data.fill_(0.8)
+    patterns = torch.tensor(list(product([0.0, 1.0], repeat=6)), dtype=torch.float64).view(64, 1, 2, 3)
+    with torch.enable_grad():
+        fires = torch.special.ndtr((block.pre_activation(batch.x) - 1) / 0.5)
+        weight = torch.where(patterns > 0, fires, 1 - fires).flatten(2).prod(-1)  # (64, 6)
+        losses = engine.task.row_loss(readout(patterns.flatten(0, 1)).unsqueeze(1), batch.y)
+        loss = (weight * losses).sum(0).mean()
+        params = [engine.parameters_of(0), engine.parameters_of(1)]
+        found = iter(torch.autograd.grad(loss, [p for unit in params for p in unit]))
+    exact = [flat(next(found) for _ in unit) for unit in params]
+    got = estimates(engine, batch, 400)
+    assert_unbiased(got, exact)
+    surrogate = gradients(make_engine(Backprop(), engine.model, spec, sgd(0.0), dtype=torch.float64), batch)
+    assert torch.cosine_similarity(flat(surrogate["block0"]), exact[0], dim=0) < 0.9
 
 
 # ---------------------------------------------------------------------- variance

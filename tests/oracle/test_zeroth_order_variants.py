@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -386,6 +387,20 @@ def test_hybrid_is_exact_in_the_last_units_and_estimated_in_the_others(first_ord
     assert engine.train_step(batch)["loss"].item() == pytest.approx(here.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize(("tasks", "exact_steps"), [(1, [0, 1, 2]), (2, [0, 1, 5, 6])])
+def test_hybrid_in_time_is_exact_for_its_share_of_the_run_or_of_every_task(tasks, exact_steps):
+    """Ten updates of SGD, a share of 0.3 of them, or of each five."""
+    rule = ZerothOrder(1e-4, exact_share=0.3)
+    engine, batch = small(rule, sgd(0.1))
+    rule.setup(engine.model, replace(engine.spec, tasks=tasks))
+    engine.updates.total_steps = 10
+    for step in range(10):
+        before, truth = values(engine), torch.cat(exact(engine, batch))
+        engine.train_step(batch)
+        followed = torch.allclose(before - values(engine), 0.1 * truth, rtol=1e-9, atol=1e-13)
+        assert followed == (step in exact_steps), step
+
+
 # ---------------------------------------------------------------------- sparse directions
 
 
@@ -576,7 +591,9 @@ def test_a_loss_that_is_not_finite_under_perturbation_is_named_with_eps_and_the_
     ({"density": -0.1}, r"algo\.density=-0\.1"), ({"mask": "odd"}, r"algo\.mask='odd'.*random"),
     ({"mask_every": 0}, r"algo\.mask_every=0"), ({"sign": "all"}, r"algo\.sign='all'"),
     ({"step": "bold"}, r"algo\.step='bold'"), ({"blocks": "some"}, r"algo\.blocks='some'"),
-    ({"first_order": -1}, r"algo\.first_order=-1"), ({"restore": "subtract"}, r"algo\.restore='subtract'.*replay")])
+    ({"first_order": -1}, r"algo\.first_order=-1"),
+    ({"exact_share": 1.0}, r"algo\.exact_share=1\.0 .*share of the run"),
+    ({"restore": "subtract"}, r"algo\.restore='subtract'.*replay")])
 def test_bad_arguments_name_key_value_and_what_would_be_valid(arguments, said):
     with pytest.raises(ConfigError, match=said):
         ZerothOrder(**arguments)

@@ -20,8 +20,10 @@ def test_the_second_file_of_an_update_is_a_link_and_a_later_update_leaves_it_alo
     writer.save_checkpoint(state(5, 1.0), best)
     writer.save_checkpoint(state(5, 1.0), last)
     assert os.path.samefile(best, last) and held(last) == 1.0
+    assert writer.is_of(best, 5) and writer.is_of(last, 5) and not writer.is_of(best, 6)
     writer.save_checkpoint(state(9, 2.0), last)
     assert (held(best), held(last)) == (1.0, 2.0)
+    assert writer.is_of(last, 9) and not writer.is_of(best, 9)
     writer.save_checkpoint(state(12, 3.0), best)
     writer.save_checkpoint(state(12, 3.0), last)
     assert (held(best), held(last)) == (3.0, 3.0)

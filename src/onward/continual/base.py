@@ -25,6 +25,8 @@ class FineTuning(nn.Module):
     name = "none"
     # True: :meth:`pull` adds to gradients, so that the rule must hand some over
     pulls: ClassVar[bool] = False
+    # True: it changes the task's loss of a batch that has a teacher, and notes in ``asked`` that a rule was told it
+    judges: ClassVar[bool] = False
 
     def supports(self, rule: Rule, model: Stack, spec: DataSpec, hardware: Hardware) -> str | None:
         """None, or one sentence on why this rule cannot use it. Called before :meth:`setup`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class Course(nn.Module):
         return {f"task/{j}/accuracy": round(float(a), 6) for j, a in enumerate(row)}
 
     def accuracies(self, engine: Engine) -> Tensor:
-        """(T,) of the primary readout, among all classes that the run tells apart."""
+        """(T,) of the primary readout, among the classes that the run tells apart."""
         found = []
         for task in range(self.data.tasks):
             x, y = self.data.samples("test", task)
@@ -78,7 +79,8 @@ class Course(nn.Module):
                 batch = batch.to(self.matrix.device)
                 with engine.inference():
                     scores = next(iter(engine.rule.predict(engine, batch.unlabelled()).values()))
-                right += int((scores.argmax(-1) == batch.y).sum())
+                rows, y = engine.task.select(scores, batch)
+                right += int((rows.argmax(-1) == y).sum())
             found.append(right / len(y))
         return torch.tensor(found, dtype=torch.float64, device=self.matrix.device)
 
@@ -123,7 +125,10 @@ def course_of(method: FineTuning | None, engine: Engine, data: DataSet, max_epoc
         raise Unsupported(refusal)
     if method.pulls:
         _require_gradients(method, engine, data)
-    return Course(method, engine, data, max_epochs)
+    course = Course(method, engine, data, max_epochs)
+    if method.judges:
+        _require_loss(method, engine, data)
+    return course
 
 
 def _require_gradients(method: FineTuning, engine: Engine, data: DataSet) -> None:
@@ -141,3 +146,14 @@ def _require_gradients(method: FineTuning, engine: Engine, data: DataSet) -> Non
         raise Unsupported(f"continual={method.name} adds a pull to the gradients of an update, and "
                           f"{engine.rule.info.title} hands none over for {written[0]}, it writes its changes itself: "
                           "use continual=replay")
+
+
+def _require_loss(method, engine: Engine, data: DataSet) -> None:
+    """One update on a copy, to see whether the rule asks for the task's loss at all."""
+    trial, batch = copy.deepcopy(engine), next(iter(data.loader("train", engine.seed).batches()))
+    uniform = torch.full((len(batch), engine.task.n_outputs), 1.0 / engine.task.n_outputs)
+    trial.task.method.known.fill_(True)
+    trial.train_step(replace(batch, teacher=uniform))
+    if not trial.task.method.asked:
+        raise Unsupported(f"continual={method.name} adds to the task's loss, and {engine.rule.info.title} descends "
+                          "losses of its own: use continual=replay")

@@ -66,6 +66,8 @@ class Batch:
 
     ``rows`` are this process's positions in the global batch of ``total`` samples, so that random
     draws made for the global batch give the same numbers whatever the number of processes.
+
+    ``teacher`` (B, n_outputs) are probabilities that another net gives to the classes, where a loss asks for them.
     """
 
     x: Tensor
@@ -76,13 +78,14 @@ class Batch:
     rows: slice | None = None
     total: int | None = None
     pairs: Tensor | None = None
+    teacher: Tensor | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
 
     def unlabelled(self) -> Batch:
         """The same inputs without labels: all that a readout is ever given."""
-        return replace(self, y=None)
+        return replace(self, y=None, teacher=None)
 
     def to(self, device: torch.device) -> Batch:
         def move(t):
@@ -91,4 +94,5 @@ class Batch:
         return replace(
             self, x=move(self.x), y=move(self.y), mask=move(self.mask),
             context=move(self.context), index=move(self.index), pairs=move(self.pairs),
+            teacher=move(self.teacher),
         )

@@ -127,6 +127,22 @@ class Classification(Task):
         return {"accuracy": MulticlassAccuracy(self.n_outputs, average="micro")}
 
 
+@dataclass(frozen=True)
+class HeadedClassification(Classification):
+    """Classes in groups, ``heads[c]`` the group of class c, of which it is known which one a sample belongs to.
+
+    A head for each group: the scores of other groups' classes are -inf wherever a sample's are compared, so that they
+    take no part in loss, gradient and accuracy.
+    """
+
+    heads: tuple[int, ...] = ()
+
+    def select(self, scores, batch):
+        scores, y = super().select(scores, batch)
+        heads = torch.tensor(self.heads, device=y.device)
+        return scores.masked_fill(heads != heads[y].unsqueeze(-1), -torch.inf), y
+
+
 def _lane_loss_and_error(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The same inside vmap, which takes those kernels apart; classes first: there log_softmax is 20 times faster."""
     log_p = torch.log_softmax(rows.t().contiguous(), dim=0)

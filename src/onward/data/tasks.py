@@ -10,11 +10,11 @@ from torch import Tensor
 
 from onward.data.base import SPLITS, DataSet, Split
 from onward.data.spec import DataSpec
-from onward.data.task import Classification
+from onward.data.task import Classification, HeadedClassification
 from onward.errors import ConfigError, nearest
 from onward.seeds import generator
 
-SCENARIOS = ("class", "domain")
+SCENARIOS = ("class", "domain", "task")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ class TaskStream(DataSet):
         """Classes that are told apart. Raises ConfigError if the source's cannot be divided."""
         return spec.task.n_outputs
 
+    def compared(self, outputs: int) -> Classification:
+        """How scores are compared with classes."""
+        return Classification(outputs)
+
     # ------------------------------------------------------------------ what a run reads
 
     def read(self) -> tuple[DataSpec, dict[str, Split]]:
@@ -99,7 +103,7 @@ class TaskStream(DataSet):
                                                             f"{self.tasks - 1} has no sample in the {name} split")
             splits[name] = Sequence(x, y, source=self) if name == "train" else self._whole(name)
         self.largest = max(len(self.task("train", t)) for t in range(self.tasks))
-        return replace(spec, name=self.name, task=Classification(outputs), tasks=self.tasks), splits
+        return replace(spec, name=self.name, task=self.compared(outputs), tasks=self.tasks), splits
 
     def _whole(self, name: str) -> Split:
         """All samples of a split, each as it is in its task, in the source's order."""
@@ -130,7 +134,9 @@ class SplitTasks(TaskStream):
 
     Args:
         scenario: ``class``: all classes are told apart, those of other tasks too (class-incremental learning);
-            ``domain``: a class's place within its task is what is told (domain-incremental), k outputs.
+            ``domain``: a class's place within its task is what is told (domain-incremental), k outputs;
+            ``task``: a sample's task is known, and its classes are told apart, by a head of their own
+            (task-incremental).
         order: seed of the order of the classes; null: 0, 1, 2, ...
         further: see :class:`TaskStream`.
     Raises:
@@ -157,6 +163,11 @@ class SplitTasks(TaskStream):
         self.place = order.argsort()  # of every class in the order
         self.each = classes // self.tasks
         return self.each if self.scenario == "domain" else classes
+
+    def compared(self, outputs):
+        if self.scenario != "task":
+            return super().compared(outputs)
+        return HeadedClassification(outputs, heads=tuple((self.place // self.each).tolist()))
 
     def divide(self, y):
         return self.place[y] // self.each

@@ -89,6 +89,7 @@ class Engine:
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update by the rule; returns its metrics as detached 0-dim tensors."""
         self.begin_step()
+        self.hardware.samples = batch.index
         with torch.no_grad():
             metrics = self.rule.step(self, batch)
         self.end_step()
@@ -169,23 +170,28 @@ class Engine:
         if i == 0 and h.is_floating_point():
             h = hw.straight_through("input", h)
         group = self.group(i)
-        params = {f"block.{n}": hw.weight(f"{group}.{n}", p) if p.dim() > 1 else p
-                  for n, p in {**frozen(unit), **dict(unit.named_parameters())}.items()}
-        with hw.operations():
-            z, out = functional_call(_Parts(unit, alter), params, (h, context))
+        params = {f"block.{n}": p for n, p in self.weights(i).items()}
+        z, out = hw.compute(_Parts(unit, alter), params, (h, context))
         return z, hw.gate_error(hw.straight_through("activation", out, group), group)
+
+    def weights(self, i: int, params: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Unit i's parameters, or ``params`` in their place, as a pass reads them.
+
+        Vectors (biases, norm scales) stay exact, as integer hardware keeps them in wide accumulators.
+        """
+        hw, group, unit = self.hardware, self.group(i), self.units[i]
+        params = {**frozen(unit), **(dict(unit.named_parameters()) if params is None else params)}
+        return {n: hw.weight(f"{group}.{n}", p) if p.dim() > 1 else p for n, p in params.items()}
 
     def _run_with(self, i: int, params: dict[str, Tensor], h: Tensor, context: Graph | None,
                   buffers: dict[str, Tensor] | None = None) -> Tensor:
         hw, unit = self.hardware, self.units[i]
         if i == 0 and h.is_floating_point():
             h = hw.straight_through("input", h)
-        params = {**frozen(unit), **params}
-        # vectors (biases, norm scales) stay exact, as integer hardware keeps them in wide accumulators
-        group = self.group(i)
-        params = {n: hw.weight(f"{group}.{n}", p) if p.dim() > 1 else p for n, p in params.items()}
-        with hw.operations():
-            h = functional_call(unit, {**params, **(buffers or {})}, (h, context) if i < self.depth else (h,))
+        group, params = self.group(i), self.weights(i, params)
+        # as a function, with buffers of its own, it is what transforms are applied to
+        h = hw.compute(unit, {**params, **(buffers or {})}, (h, context) if i < self.depth else (h,),
+                       compiled=buffers is None)
         if i < self.depth:
             h = hw.gate_error(hw.straight_through("activation", h, group), group)
         return h

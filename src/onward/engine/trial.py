@@ -11,6 +11,9 @@ from onward.hardware.base import Hardware
 
 # Why a setting may have nothing to act on, by its name in ``Hardware.settings()`` or what precedes the dot
 _WHY = {
+    "runtime.precision": "it runs no unit of the model",
+    "runtime.compile": "all its passes through units are forward-mode, transformed or altered on their way, which "
+                       "torch.compile does not serve",
     "weight": "no pass reads a weight matrix",
     "activation": "it runs no block",
     "input": "its data are not real numbers",

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from onward.errors import ConfigError
 from onward.hardware.accumulator import Accumulator
 from onward.hardware.cost import EnergyModel
 from onward.hardware.formats import NumberFormat, with_slope
 from onward.hardware.memory import Memory, Saver
+from onward.hardware.memory.sketch import ErrorNorms
 from onward.hardware.noise import SITES, Gaussian, Noise
-from onward.hardware.operations import Operations, stacked
+from onward.hardware.operations import Operations, stacked, transformed
 from onward.hardware.photonic import Digital, Photonic
+from onward.hardware.runtime import Compiler, Runtime, narrowed
 from onward.hardware.sparsity import Sparsity
 from onward.hardware.sparsity.products import Gate
 from onward.seeds import generator as seeded
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """The real device, handed to Lightning: accelerator, devices, strategy; threads are explicit."""
-
-    accelerator: str = "cpu"
-    devices: int = 1
-    strategy: str = "auto"
-    threads: int = 1
-    deterministic: bool = True
-
-    def __post_init__(self):
-        if self.accelerator not in ("cpu", "gpu"):
-            raise ConfigError("hardware.runtime.accelerator", self.accelerator, "cpu or gpu")
-        if self.devices < 1:
-            raise ConfigError("hardware.runtime.devices", self.devices, "a positive number of processes")
-        if self.threads < 1:
-            raise ConfigError("hardware.runtime.threads", self.threads, "a positive number of threads")
 
 
 @dataclass(frozen=True)
@@ -143,6 +127,9 @@ class Hardware:
         self._exact: dict[str, frozenset[str]] = {}  # units that compute exactly, by role
         self._names = self.settings()
         self.saver = Saver(self.memory, self)
+        self._compiler = Compiler()
+        self.error_norms = ErrorNorms()
+        self.samples: Tensor | None = None  # numbers of the samples of this update, where they have any
         self.evaluating = False
         self.hidden: str | None = None  # why a perturbation, as its rule found, cannot be seen through these formats
         self.generator: Callable[[str], torch.Generator] | None = None
@@ -160,15 +147,55 @@ class Hardware:
             raise ConfigError("hardware.memory.chunk", self.memory.chunk,
                               f"null with hardware.noise.{min(shared)}: every part of a batch would meet the same "
                               "noise")
+        if self.runtime.devices > 1 and self.memory.remembers:
+            raise ConfigError("hardware.runtime.devices", self.runtime.devices,
+                              "1 with hardware.memory.linear.by=stored: every process would remember its own samples")
+        if self.memory.stream is not None and self.sparsity.sampling is not None:
+            raise ConfigError("hardware.memory.stream", self.memory.stream,
+                              "null with hardware.sparsity.sampling, which measures the gradients of whole samples")
         if self.runtime.devices > 1 and getattr(self.device, "noise", 0):
             raise ConfigError("hardware.runtime.devices", self.runtime.devices,
                               "1 with hardware.device.noise: processes would draw the same noise for different "
                               "samples")
+        self._check_runtime()
         if (twice := {*self.numerics.operations(self)} & {*self.memory.operations(self),
                                                          *self.sparsity.operations(self)}):
             raise ConfigError("hardware.numerics.accumulator", self.numerics.accumulator,
                               f"null where memory or sparsity compute {min(f.__name__ for f in twice)} in their own "
                               "way")
+
+    def _check_runtime(self) -> None:
+        """Raise ConfigError where a real precision, or compiled units, cannot serve what is emulated."""
+        runtime, sparsity = self.runtime, self.sparsity
+        emulated = [f"numerics.{role}" for role in ROLES if role in self._formats]
+        if self.numerics.accumulator is not None:
+            emulated.append("numerics.accumulator")
+        if runtime.precision != "float32" and emulated:
+            raise ConfigError("hardware.runtime.precision", runtime.precision,
+                              f"float32 with hardware.{emulated[0]}: formats are emulated by float32, of which this "
+                              "precision reads fewer bits")
+        own = [key for key, there in {
+            "memory.linear": self.memory.linear is not None, "sparsity.backward": sparsity.backward is not None,
+            "sparsity.sampling": sparsity.sampling is not None, "sparsity.execute": sparsity.execute != "dense",
+        }.items() if there]
+        if runtime.narrow is not None and own:
+            raise ConfigError("hardware.runtime.precision", runtime.precision,
+                              f"float32 with hardware.{own[0]}, whose products are not among those that torch's "
+                              "autocast knows")
+        if runtime.narrow is not None and self.opaque:
+            raise ConfigError("hardware.runtime.precision", runtime.precision,
+                              "float32 with hardware=physical: what a physical system answers has no precision to set")
+        exchanged = own + [f"memory.{key}" for key in ("codec", "offload", "relu", "dropout", "max_pool", "activation",
+                                                       "norm") if getattr(self.memory, key) is not None]
+        if self.numerics.accumulator is not None:
+            exchanged.append("numerics.accumulator")
+        if runtime.compile and exchanged:
+            raise ConfigError("hardware.runtime.compile", runtime.compile,
+                              f"false with hardware.{exchanged[0]}: what it puts in the place of torch's operations, "
+                              "or of what they keep, is not compiled")
+        if runtime.compile and self.opaque:
+            raise ConfigError("hardware.runtime.compile", runtime.compile,
+                              "false with hardware=physical: a physical system is measured, not compiled")
 
     def place(self, units: Sequence[str]) -> None:
         """Name the units of the model in order, so that ``numerics.units`` can tell the inner ones."""
@@ -193,8 +220,9 @@ class Hardware:
     def settings(self) -> list[str]:
         """Names of all that is configured beside the device itself: what :attr:`fired` counts."""
         clip = ["clip"] if self.numerics.clip is not None else []
-        return [*self._formats, *clip, *(f"noise.{site}" for site in self._noise), *self.memory.settings(),
-                *self.sparsity.settings(), *(["accumulator"] if self.numerics.accumulator is not None else []),
+        return [*self.runtime.settings(), *self._formats, *clip, *(f"noise.{site}" for site in self._noise),
+                *self.memory.settings(), *self.sparsity.settings(),
+                *(["accumulator"] if self.numerics.accumulator is not None else []),
                 *(["device"] if self.device.projects else [])]
 
     def begin_step(self, generator: Callable[[str], torch.Generator], step: int = 0, progress: float = 1.0) -> None:
@@ -205,6 +233,7 @@ class Hardware:
         self.generator, self.step, self.progress = generator, step, min(progress, 1.0)
         self._calls.clear()
         self._anneal()
+        self.runtime.take_effect()
 
     def evaluate(self, on: bool) -> None:
         """Whether what follows is evaluation, which meets the device that training leads to.
@@ -226,12 +255,20 @@ class Hardware:
         self._calls[name] += 1
         return source
 
+    def uses(self, name: str) -> int:
+        """How often that stream has been used within the step."""
+        return self._calls[name]
+
     def state_dict(self) -> dict:
         """What does not follow from the configuration, the weights and the step."""
-        return {"sparsity": self.sparsity.state_dict(self)}
+        state = {"sparsity": self.sparsity.state_dict(self)}
+        if self.memory.remembers:
+            state["error_norms"] = {layer: norms.clone() for layer, norms in self.error_norms.stored.items()}
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         self.sparsity.load_state_dict(state.get("sparsity", {}))
+        self.error_norms.stored = {layer: norms.clone() for layer, norms in state.get("error_norms", {}).items()}
 
     def mark(self) -> Counter[str]:
         """Where the streams of the step stand, for :meth:`rewind`."""
@@ -340,6 +377,23 @@ class Hardware:
         return self.sparsity.gate(self, name, x)
 
     # ------------------------------------------------------------------ around a pass
+
+    def compute(self, module: nn.Module, params: Mapping[str, Tensor], args: tuple, *, compiled: bool = False) -> Any:
+        """``module(*args)`` with these parameters, by the operations and at the precision configured.
+
+        ``compiled``: whether a compiled unit may do it, where ``runtime.compile`` asks for one.
+        """
+        def call(params: Mapping[str, Tensor], args: tuple) -> Any:
+            if compiled and self.runtime.compile and not transformed():
+                self.fired["runtime.compile"] += 1
+                return self._compiler(module, params, args)
+            return functional_call(module, dict(params), args)
+
+        with self.operations():
+            if self.runtime.narrow is None:
+                return call(params, args)
+            self.fired["runtime.precision"] += 1
+            return narrowed(call, self.runtime.narrow, params, args)
 
     def operations(self) -> AbstractContextManager:
         """While active, layers compute by the operations that memory and sparsity put in place of torch's."""

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from onward.errors import ConfigError, Unsupported
-from onward.hardware.estimators import Estimator, StraightThrough, one_hot_sample, reinmax, straight_through_categorical
+from onward.hardware.estimators import (
+    Estimator,
+    StraightThrough,
+    one_hot_sample,
+    reinmax,
+    softmax,
+    straight_through_categorical,
+)
 from onward.hardware.formats import NumberFormat, with_slope
 
 Scale = Literal["none", "mean", "channel_mean", "glorot"]
@@ -230,10 +237,10 @@ class Categorical(NumberFormat):
         return rows.movedim(-1, 1) if like.dim() == 4 else rows
 
     def quantise(self, x, generator=None):
-        return self._shaped(one_hot_sample(torch.softmax(self._logits(x), -1), generator), x)
+        return self._shaped(one_hot_sample(softmax(self._logits(x)), generator), x)
 
     def read(self, x, generator=None):
         logits = self._logits(x)
-        sample = one_hot_sample(torch.softmax(logits.detach(), -1), generator)
+        p = softmax(logits.detach())
         estimate = reinmax if self.estimator == "reinmax" else straight_through_categorical
-        return self._shaped(estimate(logits, sample, self.tau), x)
+        return self._shaped(estimate(logits, one_hot_sample(p, generator), self.tau, p), x)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from onward.errors import ConfigError
-from onward.hardware.formats import through
 
 
 @dataclass(frozen=True)
@@ -126,37 +125,56 @@ class ReSTE(Estimator):
 # ---------------------------------------------------------------------- categorical units
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Along the last axis, which is short here: torch's kernel for last axes is ten times slower on rows of 8."""
+    if logits.dim() < 2:
+        return torch.softmax(logits, -1)
+    return torch.softmax(logits.transpose(-1, -2).contiguous(), -2).transpose(-1, -2)
+
+
 def one_hot_sample(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One-hot draws from the probabilities along the last axis, of p's shape; NaN where a probability is."""
     u = torch.rand(p.shape[:-1], generator=generator, dtype=p.dtype).to(p.device).unsqueeze(-1)
     # the first category at which the cumulative probability exceeds u; the last one takes what rounding leaves
     chosen = (p.cumsum(-1) <= u).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)
     drawn = (torch.arange(p.shape[-1], device=p.device) == chosen).to(p.dtype)
-    return torch.where(p.isnan().any(-1, keepdim=True), p, drawn)
+    return torch.where(p.sum(-1, keepdim=True).isnan(), p, drawn)
 
 
-def straight_through_categorical(logits: Tensor, sample: Tensor, tau: float = 1.0) -> Tensor:
-    """``sample`` with the derivative of ``softmax(logits / tau)``; to first order the exact gradient at tau = 1."""
-    return through(torch.softmax(logits / tau, -1), sample)
+def _pulled(p: Tensor, d: Tensor) -> Tensor:
+    """``J(p) d`` with ``J(p) = diag p - p p^T``, which is symmetric: of a gradient and of a tangent the same."""
+    return p * (d - (p * d).sum(-1, keepdim=True))
 
 
-def reinmax(logits: Tensor, sample: Tensor, tau: float = 1.0) -> Tensor:
+def straight_through_categorical(logits: Tensor, sample: Tensor, tau: float = 1.0, p: Tensor | None = None) -> Tensor:
+    """``sample`` with the derivative of ``softmax(logits / tau)``; to first order the exact gradient at tau = 1.
+
+    ``p``: ``softmax(logits)``, detached, where it is known.
+    """
+    theta = logits.detach()
+    q = p if p is not None and tau == 1 else softmax(theta / tau)
+    return sample.detach() + _pulled(q, logits - theta) / tau
+
+
+def reinmax(logits: Tensor, sample: Tensor, tau: float = 1.0, p: Tensor | None = None) -> Tensor:
     """``sample``, one-hot and drawn from ``p = softmax(logits)``, with ReinMax's derivative.
 
     ``2 J(q) g - J(p) g / 2`` with ``q = (sample + softmax(logits / tau)) / 2`` and ``J(q) = diag q - q q^T``. At
     tau = 1 its expectation is ``d E f(sample) / d logits`` to second order (Heun's method where straight through is
-    Euler's): exact for f of degree 2.
+    Euler's): exact for f of degree 2. Written as a linear map of a difference that is 0, so that gradients, tangents
+    and vmap all pass (as :func:`~onward.hardware.formats.with_slope`).
 
     Args:
         tau: temperature, at least 1; larger values have less variance and more bias.
+        p: ``softmax(logits)``, detached, where it is known.
     Raises:
         ConfigError: tau below 1.
     Source: Liu et al. 2023, "Bridging Discrete and Backpropagation: Straight-Through and Beyond", arXiv 2304.08612.
     """
     if not tau >= 1:
         raise ConfigError("tau", tau, "a temperature of at least 1")
-    theta = logits.detach()
-    mid = (sample.detach() + torch.softmax(theta / tau, -1)) / 2
-    # softmax(logits + log(mid) - theta) is mid, with J(mid) as its derivative
-    second = torch.softmax(logits + (mid.log() - theta), -1)
-    return through(2 * second - torch.softmax(logits, -1) / 2, sample)
+    theta, sample = logits.detach(), sample.detach()
+    p = softmax(theta) if p is None else p
+    mid = (sample + (p if tau == 1 else softmax(theta / tau))) / 2
+    d = logits - theta
+    return sample + (2 * _pulled(mid, d) - _pulled(p, d) / 2)

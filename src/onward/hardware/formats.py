@@ -36,6 +36,23 @@ def mended(y: Tensor, nearest: Tensor) -> Tensor:
     return torch.where((y - nearest).abs() <= 2 * torch.finfo(y.dtype).eps * y.abs(), nearest, y)
 
 
+def power(e: Tensor, dtype: torch.dtype) -> Tensor:
+    """``2^e`` exactly, for whole numbers e, 0 or infinity where it is none of the type's numbers.
+
+    A product with it is what ldexp gives, in one pass over numbers instead of a call of the C library for each.
+    """
+    return torch.ldexp(torch.ones_like(e, dtype=dtype), e)
+
+
+def normal_power(e: Tensor, dtype: torch.dtype) -> Tensor:
+    """``2^e`` for whole numbers e whose powers are normal numbers of the type: written as bits, in two passes."""
+    if dtype == torch.float32:
+        return ((e.to(torch.int32) + 127) << 23).view(torch.float32)
+    if dtype == torch.float64:
+        return ((e.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return power(e, dtype)
+
+
 def with_slope(x: Tensor, value: Tensor, slope: Tensor | float = 1.0) -> Tensor:
     """``value`` exactly, with ``slope`` as its derivative with respect to x, backward and forward alike.
 
@@ -267,10 +284,11 @@ class Float(NumberFormat):
         _, exponent = torch.frexp(x)
         # frexp's mantissa is in [1/2, 1): the exponent of 1.m is one less
         shift = (exponent - 1).clamp_min(2 - 2 ** (self.exp - 1)) - self.man
-        # ldexp multiplies by a power that float32 may not hold: half of it, twice
+        # 2^shift may be none of the type's numbers: half of it, twice
         half = shift.div(2, rounding_mode="floor")
-        y = torch.ldexp(torch.ldexp(x, -half), half - shift)
-        return torch.ldexp(torch.ldexp(rounded(y, self.rounding, generator), half), shift - half)
+        y = x * normal_power(-half, x.dtype) * normal_power(half - shift, x.dtype)
+        y = rounded(y, self.rounding, generator)
+        return y * normal_power(half, x.dtype) * normal_power(shift - half, x.dtype)
 
 
 @dataclass(frozen=True)
@@ -355,11 +373,19 @@ class DynamicFixed(_ScaledIntegers):
 
     def integers(self, x):
         e = self.exponent(x)
-        return torch.ldexp(self.quantise(x).double(), -e), torch.ldexp(torch.ones_like(e, dtype=torch.float64), e)
+        return self._whole(x, e, None).double(), power(e, torch.float64)
+
+    def _whole(self, x: Tensor, e: Tensor, generator: torch.Generator | None) -> Tensor:
+        """x in units of ``2^e``, as whole numbers."""
+        q = float(2 ** (self.bits - 1) - 1)
+        # 2^-e may be more than float32 holds: half of it, twice
+        half = e.div(2, rounding_mode="floor")
+        y = x * power(-half, x.dtype) * power(half - e, x.dtype)
+        return rounded(y, self.rounding, generator).clamp(-q, q)
 
     def _quantise(self, x, generator):
-        q, e = float(2 ** (self.bits - 1) - 1), self.exponent(x)
-        return torch.ldexp(rounded(torch.ldexp(x, -e), self.rounding, generator).clamp(-q, q), e)
+        e = self.exponent(x)
+        return self._whole(x, e, generator).mul_(power(e, x.dtype))
 
 
 @dataclass(frozen=True)
@@ -394,4 +420,5 @@ class Microscaling(NumberFormat):
         peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         shift = torch.frexp(peak)[1] - 1 - math.floor(math.log2(top))
         shift = shift.clamp(-127, 127)  # what the 8 bits of a shared exponent hold
-        return _ungrouped(torch.ldexp(self.element.quantise(torch.ldexp(rows, -shift), generator), shift), x)
+        y = self.element.quantise(rows * power(-shift, x.dtype), generator)
+        return _ungrouped(y.mul_(power(shift, x.dtype)), x)

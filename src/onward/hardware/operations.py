@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 
@@ -32,3 +33,8 @@ def stacked(inner: Mapping[Callable, Callable], outer: Mapping[Callable, Callabl
     both = {f: lambda function, *args, f=f, **kwargs: outer[f](partial(inner[f], function), *args, **kwargs)
             for f in inner.keys() & outer.keys()}
     return {**inner, **outer, **both}
+
+
+def transformed() -> bool:
+    """Whether a forward-mode derivative or a transform of functions is under way, which not all operations serve."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0

@@ -97,6 +97,23 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Graph | None = None) -> Tensor:
         return self.activate(self.pre_activation(x, context))
 
+    #: whether the block can be computed some positions at a time, by :meth:`exchanged` and :meth:`at_positions`
+    streams = False
+
+    def exchanged(self, x: Tensor) -> Tensor:
+        """What positions of a sequence (B, T, D) read of each other, made of each alone: (B, T, ...)."""
+        raise NotImplementedError
+
+    def at_positions(self, x: Tensor, start: int, exchanged: Tensor) -> Tensor:
+        """The pre-activation at positions from ``start`` on, of their x alone and of what is :meth:`exchanged`:
+        up to the last of these positions, where none looks further (:attr:`looks_back`), else all of it."""
+        raise NotImplementedError
+
+    @property
+    def looks_back(self) -> bool:
+        """Of a block that streams: whether positions look at none after them."""
+        raise NotImplementedError
+
     @property
     def takes_tokens(self) -> bool:
         """True where the input is integers, so that no gradient or perturbation can enter it."""

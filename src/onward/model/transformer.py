@@ -44,14 +44,20 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """``keep`` (B, T) is False at positions that nobody looks at."""
-        n, steps, dim = x.shape
-        q, k, v = self.qkv(x).reshape(n, steps, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        mask = None if self.mask is None else self.mask[:steps, :steps]
+        return self.of(self.qkv(x), 0, x.shape[1], keep)
+
+    def of(self, qkv: Tensor, start: int, count: int, keep: Tensor | None = None) -> Tensor:
+        """The output at ``count`` positions from ``start`` on, of the projections (B, T, 3 dim) of all they look at."""
+        n, steps, width = qkv.shape
+        q, k, v = qkv.reshape(n, steps, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
+        if count < steps:
+            q = q[..., start:start + count, :]
+        mask = None if self.mask is None else self.mask[start:start + count, :steps]
         if keep is not None:
             mask = keep[:, None, None, :] if mask is None else mask & keep[:, None, None, :]
         if self.prefix is not None:
             k, v, mask = self.prefix(k, v, mask)
-        return self.out(attend(q, k, v, mask).transpose(1, 2).reshape(n, steps, dim))
+        return self.out(attend(q, k, v, mask).transpose(1, 2).reshape(n, count, width // 3))
 
 
 class AttentionBlock(Block):
@@ -78,8 +84,20 @@ class AttentionBlock(Block):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.norm_output = vector_norm(norm, dim) if norm_output else nn.Identity()
 
+    streams = True
+
     def pre_activation(self, x, context=None):
-        h = x + self.dropout(self.attention(self.norm1(x)))
+        return self.at_positions(x, 0, self.exchanged(x))
+
+    def exchanged(self, x):
+        return self.attention.qkv(self.norm1(x))
+
+    @property
+    def looks_back(self):
+        return self.attention.mask is not None
+
+    def at_positions(self, x, start, exchanged):
+        h = x + self.dropout(self.attention.of(exchanged, start, x.shape[1]))
         return self.norm_output(h + self.dropout(self.mlp(self.norm2(h))))
 
     def activate(self, z):
@@ -99,8 +117,20 @@ class AttentionSublayer(Block):
         self.attention = Attention(dim, heads, steps, causal)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
+    streams = True
+
     def pre_activation(self, x, context=None):
-        return x + self.dropout(self.attention(self.norm1(x)))
+        return self.at_positions(x, 0, self.exchanged(x))
+
+    def exchanged(self, x):
+        return self.attention.qkv(self.norm1(x))
+
+    @property
+    def looks_back(self):
+        return self.attention.mask is not None
+
+    def at_positions(self, x, start, exchanged):
+        return x + self.dropout(self.attention.of(exchanged, start, x.shape[1]))
 
     def activate(self, z):
         return z
@@ -122,7 +152,16 @@ class FeedForwardSublayer(Block):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.norm_output = vector_norm(norm, dim) if norm_output else nn.Identity()
 
+    streams = True
+    looks_back = True  # a position looks at itself alone
+
     def pre_activation(self, x, context=None):
+        return self.at_positions(x, 0, x)
+
+    def exchanged(self, x):
+        return x[..., :0]
+
+    def at_positions(self, x, start, exchanged):
         return self.norm_output(x + self.dropout(self.mlp(self.norm2(x))))
 
     def activate(self, z):

@@ -10,6 +10,7 @@ import torch
 from onward.data.base import SPLITS
 from onward.data.digits import Digits
 from onward.data.permuted_digits import PermutedDigits
+from onward.data.spec import Batch
 from onward.data.split_digits import SplitDigits
 from onward.errors import ConfigError
 
@@ -36,6 +37,19 @@ def test_a_domain_tells_places_within_a_task():
     assert data.setup().task.n_outputs == 2
     assert torch.equal(data.split("test").y, source.split("test").y % 2)
     assert set(data.samples("train", 3)[1].tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("order", [None, 3])
+def test_with_the_task_known_its_classes_have_a_head_of_their_own(order):
+    data = SplitDigits(scenario="task", order=order)
+    spec = data.setup()
+    assert spec.task.n_outputs == 10
+    for t in range(5):
+        x, y = data.samples("test", t)
+        own = set(y.tolist())
+        assert {c for c in range(10) if spec.task.heads[c] == t} == own and len(own) == 2
+        rows, told = spec.task.select(torch.randn(len(y), 10), Batch(x, y))
+        assert torch.equal(told, y) and set(rows.argmax(-1).tolist()) <= own
 
 
 def test_the_order_of_classes_can_be_drawn():

@@ -194,6 +194,37 @@ def test_reinmax_gradient_by_its_closed_form(tau):
     assert torch.equal(torch.vmap(lambda t, s: reinmax(t, s, tau))(theta, sample), sample)
 
 
+@pytest.mark.parametrize(("estimator", "tau"), [("reinmax", 1.0), ("reinmax", 1.7), ("straight_through", 1.0),
+                                               ("straight_through", 0.5)])
+@pytest.mark.parametrize("shape", [(64, 48), (5, 16, 3, 3)], ids=str)
+def test_categorical_units_are_those_of_torchs_own_softmax(estimator, tau, shape):
+    """The same draws bit for bit, and the gradient of the softmaxes that the estimators are written with."""
+    source = torch.Generator().manual_seed(3)
+    x, g = (3 * torch.randn(shape, generator=source) for _ in range(2))
+    leaf = x.clone().requires_grad_()
+    y = Categorical(8, estimator, tau).read(leaf, torch.Generator().manual_seed(4))
+    other = x.clone().requires_grad_()
+    rows = (other.movedim(1, -1) if x.dim() == 4 else other).unflatten(-1, (-1, 8))
+    theta = rows.detach()
+    sample = one_hot_sample(torch.softmax(theta, -1), torch.Generator().manual_seed(4))
+    if estimator == "reinmax":
+        mid = (sample + torch.softmax(theta / tau, -1)) / 2
+        surrogate = 2 * torch.softmax(rows + (mid.log() - theta), -1) - torch.softmax(rows, -1) / 2
+    else:
+        surrogate = torch.softmax(rows / tau, -1)
+    surrogate, sample = (t.flatten(-2) for t in (surrogate, sample))
+    if x.dim() == 4:
+        surrogate, sample = surrogate.movedim(-1, 1), sample.movedim(-1, 1)
+    assert torch.equal(y, sample)
+    ours, theirs = torch.autograd.grad(y, leaf, g)[0], torch.autograd.grad(surrogate, other, g)[0]
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_groups_of_what_diverged_are_no_draws():
+    p = torch.tensor([[0.5, 0.5], [torch.nan, 0.5]])
+    assert one_hot_sample(p, torch.Generator()).isnan().tolist() == [[False, False], [True, False]]
+
+
 def test_one_hot_samples_have_their_probabilities():
     p = torch.tensor([0.1, 0.0, 0.6, 0.3]).expand(50_000, 4)
     d = one_hot_sample(p, torch.Generator().manual_seed(0))

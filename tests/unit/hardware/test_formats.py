@@ -7,12 +7,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from onward.errors import ConfigError
 from onward.hardware.binary import Binary, Categorical, PeriodicBinary, Ternary
 from onward.hardware.dorefa import DoReFaActivation, DoReFaError, DoReFaWeight
 from onward.hardware.estimators import PowerSlope, ReSTE, StraightThrough, Triangle
-from onward.hardware.formats import DynamicFixed, Fixed, Float, Int, Microscaling, Scaled
+from onward.hardware.formats import (
+    DynamicFixed,
+    Fixed,
+    Float,
+    Int,
+    Microscaling,
+    Scaled,
+    normal_power,
+    power,
+    rounded,
+)
 
 E4M3, E5M2 = Float(4, 3, largest=448.0), Float(5, 2)
 FP4, FP6 = Float(2, 1, largest=6.0), Float(3, 2, largest=28.0)
@@ -326,3 +337,51 @@ def test_float32s_own_rounding_is_that_of_the_definition(exp, saturate):
         fmt = Float(exp, man, saturate=saturate)
         quick, counted = fmt.quantise(x), fmt.quantise(x.double()).float()
         assert torch.equal(quick, counted) and torch.equal(torch.signbit(quick), torch.signbit(counted)), man
+
+
+# ---------------------------------------------------------------------- quick ways, against the definition by ldexp
+
+
+def sized(scale: float) -> torch.Tensor:
+    source = torch.Generator().manual_seed(1)
+    x = torch.randn(7, 70, generator=source) * scale
+    x[0, :5] = torch.tensor([0.0, -0.0, scale, -scale, scale / 3])
+    return x
+
+
+SIZES = (1.0, 3e-45, 1e-38, 1e-30, 1e30, 1e38)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("bits", [2, 8, 15, 24])
+def test_products_with_powers_of_two_are_ldexp_bit_for_bit(bits, rounding, dtype):
+    fixed, micro = DynamicFixed(bits, rounding=rounding), Microscaling(Float(4, 3, largest=448.0, rounding=rounding))
+    small = Float(5, min(bits, 23), rounding=rounding)
+    for x in (sized(scale).to(dtype) for scale in SIZES):
+        def source():
+            return torch.Generator().manual_seed(2)
+
+        e, q = fixed.exponent(x), 2.0 ** (bits - 1) - 1
+        n = rounded(torch.ldexp(x, -e), rounding, source()).clamp(-q, q)
+        assert torch.equal(fixed.quantise(x, source()), torch.ldexp(n, e))
+        if rounding == "nearest":
+            assert torch.equal(fixed.integers(x)[0], n.double())
+        rows = F.pad(x, (0, 26)).unflatten(-1, (3, 32))
+        peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        shift = (torch.frexp(peak)[1] - 1 - 8).clamp(-127, 127)
+        by_block = torch.ldexp(micro.element.quantise(torch.ldexp(rows, -shift), source()), shift)
+        assert torch.equal(micro.quantise(x, source()), by_block.flatten(-2)[:, :70])
+        step = (torch.frexp(x)[1] - 1).clamp_min(-14) - small.man
+        half = step.div(2, rounding_mode="floor")
+        y = rounded(torch.ldexp(torch.ldexp(x, -half), half - step), rounding, source())
+        y = torch.ldexp(torch.ldexp(y, half), step - half)
+        assert torch.equal(small._counted(x, source()), y)
+
+
+def test_normal_powers_are_powers():
+    for dtype, least, most in ((torch.float32, -126, 127), (torch.float64, -1022, 1023)):
+        e = torch.arange(least, most + 1)
+        assert normal_power(e, dtype).tolist() == [2.0**k for k in e.tolist()]
+        assert power(e, dtype).tolist() == [2.0**k for k in e.tolist()]
+    assert power(torch.tensor([-149, -150]), torch.float32).tolist() == [2.0**-149, 0.0]

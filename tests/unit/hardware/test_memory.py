@@ -17,8 +17,8 @@ from onward.algo.perturbation.zeroth_order import ZerothOrder
 from onward.algo.reference.backprop import Backprop
 from onward.app import assemble
 from onward.config import build
-from onward.data.spec import Batch
-from onward.data.task import Task
+from onward.data.spec import Batch, DataSpec
+from onward.data.task import LanguageModelling, Task
 from onward.engine.budget import refuse_excess_memory
 from onward.engine.ledger import SavedBytes, step_cost
 from onward.engine.trial import idle_settings, refuse_idle_settings
@@ -38,7 +38,10 @@ from onward.hardware.memory import (
     RowSampling,
 )
 from onward.hardware.noise import Gaussian, Noise
+from onward.hardware.sparsity import NM, VCAS, DoublePruned, Sparsity
 from onward.model.mlp import mlp
+from onward.model.transformer import transformer
+from onward.model.tuning import LoRA, Prefix
 from onward.samples import composed, family, model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,6 +94,8 @@ def saved(engine, batch) -> int:
     ("mlp", "image", {"chunk": 5}),
     ("transformer", "tokens", {"chunk": 3}),
     ("transformer", "tokens", {"stream": 4}),
+    ("transformer", "tokens", {"stream": 4, "recompute": 2}),
+    ("transformer", "tokens", {"stream": 2, "norm": "shared", "offload": Disk(), "min_numel": 16}),
     ("transformer", "tokens", {"stream": 1, "recompute": 1}),
     ("cnn", "image", {"offload": Disk(), "min_numel": 16}),
     ("transformer", "tokens", {"offload": Disk(), "min_numel": 16, "recompute": 2}),
@@ -138,6 +143,76 @@ def test_what_is_computed_again_meets_the_same_dropout_noise_and_rounding(memory
         bias += 1e-6 * direction
         moved, _ = engine.backward(batch)
     assert (moved - loss).item() / 1e-6 == pytest.approx(grads[-1][1].sum().item(), abs=1e-5)
+
+
+def a_text_engine(hardware, steps=6, dtype=torch.float64, words=11, n=4, tuning=None, **changes):
+    """A transformer on tokens with a target each, and a batch."""
+    spec = DataSpec("text", "tokens", (steps,), LanguageModelling(words), n, n, n, vocabulary=words)
+    torch.manual_seed(0)
+    built = transformer(spec, **{"dim": 8, "depth": 2, "heads": 2, **changes})
+    if tuning is not None:
+        built = tuning(built, spec)
+    x = torch.randint(words, (n, steps + 1), generator=torch.Generator().manual_seed(0))
+    engine = make_engine(Backprop(), built, spec, sgd(), dtype=dtype, hardware=hardware)
+    return engine, Batch(x[:, :-1], x[:, 1:], total=n)
+
+
+@pytest.mark.parametrize("size", [1, 4, 6, 100])
+@pytest.mark.parametrize("changes", [{}, {"granularity": "sublayer"}, {"norm": "none", "activation": "relu"},
+                                     {"tuning": Prefix(2)}, {"tuning": LoRA(2)}], ids=str)
+def test_streamed_attention_is_exact(changes, size):
+    """Queries of a part against the keys and values up to its end, feed-forward nets by part: the same gradient."""
+    hardware = hw(stream=size)
+    ours = flat(*a_text_engine(hardware, **changes))
+    exact = flat(*a_text_engine(None, **changes))
+    assert (ours - exact).abs().max() < 1e-10 and exact.abs().max() > 1e-3
+    blocks = 4 if "granularity" in changes else 2
+    assert hardware.fired["memory.stream"] == blocks + -(-6 // size), "every block but the embedding, and the scores"
+
+
+@pytest.mark.parametrize("numerics", [
+    {"weight": Int(6, "channel", "stochastic"), "error": Int(8)}, {"activation": Int(6)}], ids=["weight", "activation"])
+def test_streamed_blocks_meet_formats_as_whole_ones_do(numerics):
+    """Weights are read once, the output's scale is that of all positions, and its error is rounded as a whole."""
+    ours = flat(*a_text_engine(hw(numerics=Numerics(**numerics), stream=2)))
+    assert (ours - flat(*a_text_engine(hw(numerics=Numerics(**numerics))))).abs().max() < 1e-10
+
+
+def test_streamed_blocks_meet_masks_of_weights():
+    def hardware(**memory):
+        return Hardware("m", memory=Memory(**memory), sparsity=Sparsity(NM(2, 4), backward=DoublePruned(),
+                                                                        uneven="dense"))
+
+    ours, exact = hardware(stream=2), hardware()
+    assert (flat(*a_text_engine(ours)) - flat(*a_text_engine(exact))).abs().max() < 1e-10
+    assert ours.fired["sparsity.backward"] > exact.fired["sparsity.backward"] > 0
+    with pytest.raises(ConfigError, match=r"hardware\.memory\.stream=2 .*null with hardware\.sparsity\.sampling"):
+        Hardware("m", memory=Memory(stream=2), sparsity=Sparsity(sampling=VCAS()))
+
+
+def test_dropout_of_streamed_blocks_is_that_of_their_own_forward_pass():
+    """Masks are drawn by part, so that no whole pass has them: a finite difference of the streamed loss tells."""
+    engine, batch = a_text_engine(hw(stream=4), dropout=0.3)
+    engine.begin_step()
+    with torch.no_grad():
+        loss, grads = engine.backward(batch)
+        weight = engine.units[1].mlp[0].weight
+        names = [n for n, _ in engine.units[1].named_parameters()]
+        direction = grads[1][names.index("mlp.0.weight")]
+        weight.add_(direction, alpha=1e-5)
+        engine.restart_noise()
+        moved, _ = engine.backward(batch)
+    assert float(moved - loss) / 1e-5 == pytest.approx(float(direction.square().sum()), rel=1e-3)
+
+
+def test_streaming_lowers_the_peak_below_that_of_recomputing_whole_blocks():
+    """Scores of attention (B, H, T, T) and the feed-forward net's (B, T, 4 D) are there for a part alone."""
+    def peak(**memory):
+        engine, batch = a_text_engine(hw(**memory), steps=128, dtype=torch.float32, dim=32, depth=3, heads=4, n=8)
+        return step_cost(engine, batch)["peak_bytes"]
+
+    whole, again, streamed = peak(), peak(recompute=1), peak(stream=16)
+    assert streamed < 0.55 * again < 0.4 * whole
 
 
 class Contrastive(Task):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import a_batch, make_engine, sgd
 
+from onward.algo.reference.backprop import Backprop
 from onward.errors import ConfigError, Unsupported
+from onward.hardware.base import Hardware, Runtime
 from onward.hardware.linear import EXACT, WeightGradient, linear
-from onward.hardware.memory import RandomProjection, RankOne, RowSampling
-from onward.hardware.memory.sketch import sampled_rows
+from onward.hardware.memory import Memory, RandomProjection, RankOne, RowSampling
+from onward.hardware.memory.sketch import ErrorNorms, Remembered, sampled_rows
 
 B, N, M = 64, 12, 5
 UNBIASED = [RandomProjection(0.125), RandomProjection(0.125, "rademacher"), RowSampling(0.125, "uniform", False),
@@ -93,6 +97,89 @@ def test_the_better_the_likelihoods_the_smaller_the_error():
     assert winners < 0.95 * both_norms
     assert rmse(draws(UNBIASED[2])) == pytest.approx(uniform, rel=0.15)
     assert rmse(draws(UNBIASED[3])) == pytest.approx(one_norm, rel=0.15)
+
+
+def remembered(norms: ErrorNorms, sampling: RowSampling, draw: int, samples: torch.Tensor):
+    x, g = problem()
+    product = Remembered(sampling, norms, 0, samples)
+    return product.estimate(g, product.keep(x, draw), draw)
+
+
+@pytest.mark.parametrize("winners", [False, True])
+def test_errors_of_the_epoch_before_make_the_likelihoods_those_that_vary_least(winners):
+    """A row a sample, met again with the same error: as good as knowing it, and at first as good as norms alone."""
+    x, g = problem()
+    sampling, norms = RowSampling(0.125, "stored", winners), ErrorNorms()
+    everyone = torch.arange(B)
+    assert torch.equal(remembered(ErrorNorms(), sampling, 3, everyone),
+                       g[(k := RowSampling(0.125, "norm", winners).keep(x, 3))[1]].t() @ k[0])
+    estimates = torch.stack([remembered(norms, sampling, draw, everyone) for draw in range(1, 1500)])
+    assert torch.allclose(norms.stored[0].double(), g.norm(dim=1), rtol=2**-8)
+    z = (estimates.mean(0) - g.t() @ x) / (estimates.std(0) / len(estimates) ** 0.5)
+    assert z.abs().max() < 4.5
+    both = x.norm(dim=1) * g.norm(dim=1)
+    known = []
+    for seed in range(1500):
+        rows, weights = sampled_rows(both / both.sum(), 8, winners, seed)
+        known.append((g[rows] * weights[:, None]).t() @ x[rows])
+    assert rmse(estimates) == pytest.approx(rmse(torch.stack(known)), rel=0.05)
+    assert rmse(estimates) < 0.9 * rmse(draws(RowSampling(0.125, "norm", winners)))
+
+
+def test_errors_are_those_of_samples_by_their_numbers():
+    """Positions of a sequence share their sample's; new samples have the mean; the numbers may come in any order."""
+    norms = ErrorNorms()
+    norms.store(2, torch.tensor([7, 3]), torch.tensor([4.0, 2.0]))
+    assert norms.of(2, torch.tensor([3, 9, 7])).tolist() == [2.0, 3.0, 4.0]
+    assert norms.of(0, torch.tensor([1, 2])).tolist() == [1.0, 1.0]
+    assert norms.stored[2].dtype == torch.bfloat16 and len(norms.stored[2]) == 10
+    seen = []
+
+    class Spy(RowSampling):
+        def keep(self, x, seed, errors=None):
+            seen.append(errors)
+            return super().keep(x, seed, errors)
+
+    product = Remembered(Spy(0.5, "stored"), norms, 2, torch.tensor([7, 3]))
+    kept = product.keep(torch.randn(6, N), 0)
+    assert seen[0].tolist() == [4.0] * 3 + [2.0] * 3
+    g = torch.randn(6, M)
+    product.estimate(g, kept, 0)
+    assert torch.allclose(norms.of(2, torch.tensor([7, 3])), g.view(2, -1).norm(dim=1), rtol=2**-8)
+
+
+def test_a_run_that_remembers_resumes_bit_for_bit_and_falls_back_where_samples_have_no_numbers():
+    def make():
+        memory = Memory(linear=RowSampling(0.3, "stored"))
+        return make_engine(Backprop(), widths=(32,), optimizer=sgd(), hardware=Hardware("w", memory=memory),
+                           closed_forms=False)
+
+    def batch(k):
+        b = a_batch(64)
+        rows = torch.randperm(64, generator=torch.Generator().manual_seed(k))[:32]
+        return replace(b, x=b.x[rows], y=b.y[rows], index=rows, total=32)
+
+    whole, first, second = make(), make(), make()
+    for k in range(6):
+        whole.train_step(batch(k))
+    for k in range(3):
+        first.train_step(batch(k))
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert set(second.hardware.error_norms.stored) == {0, 1}, "a layer each"
+    for k in range(3, 6):
+        second.train_step(batch(k))
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    forgetful, by_norm = make(), make_engine(Backprop(), widths=(32,), optimizer=sgd(), closed_forms=False,
+                                             hardware=Hardware("n", memory=Memory(linear=RowSampling(0.3))))
+    for engine in (forgetful, by_norm):
+        engine.train_step(a_batch())  # without numbers
+    assert not forgetful.hardware.error_norms.stored
+    for a, b in zip(forgetful.model.parameters(), by_norm.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ConfigError, match=r"hardware\.runtime\.devices=2 .*by=stored"):
+        Hardware("d", runtime=Runtime(devices=2), memory=Memory(linear=RowSampling(by="stored")))
 
 
 def test_winners_are_taken_for_certain_where_they_dominate():

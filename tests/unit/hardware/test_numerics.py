@@ -283,3 +283,14 @@ def test_the_two_indicators_of_an_estimator_move_apart():
         assert late[f"binary/{unit}/instability"] > early[f"binary/{unit}/instability"]
         assert 0 <= early[f"binary/{unit}/flipped"] < 0.2
     assert Binarisation().measure(make_engine(Backprop()), a_batch(8)) == {}
+
+
+@pytest.mark.parametrize("preset", ["fixed_point", "fixed_point_8w8a"])
+def test_fixed_point_rounds_to_nearest_unless_told_otherwise(preset):
+    roles = ("weight", "activation", "perturbation", "storage")
+    plain = build(compose([f"hardware/numerics={preset}"]).hardware.numerics, key="hardware.numerics")
+    assert {getattr(plain, role).rounding for role in roles} == {"nearest"}
+    other = build(compose([f"hardware/numerics={preset}", *(f"hardware.numerics.{role}.rounding=stochastic"
+                                                            for role in roles)]).hardware.numerics,
+                  key="hardware.numerics")
+    assert all(getattr(other, role).stochastic for role in roles)

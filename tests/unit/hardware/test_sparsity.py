@@ -591,3 +591,14 @@ def test_two_of_four_learns_as_the_dense_net_does():
     assert min(found.values()) > found["dense"] - 0.02
     frozen = sparse(optimizer=sgd(0.0), weight=NM(2, 4), exclude=READOUT)
     assert accuracy(train(frozen, 1)) < 0.3
+
+
+def test_figures_of_masks_are_those_of_their_patterns():
+    engine = make_engine(Backprop(), hardware=Hardware("r", sparsity=Sparsity(NM(2, 4), backward=DoublePruned(),
+                                                                              uneven="dense")))
+    engine.train_step(a_batch())
+    figures = engine.hardware.sparsity.report()
+    assert figures["sparsity/forward_density"] == 0.5
+    assert figures["sparsity/backward_density"] == pytest.approx(0.5 - 0.09375, abs=0.01)
+    patterns = [s.pattern for s in (Sparsity(), Sparsity(NM(1, 8)), Sparsity(Unstructured(0.05)))]
+    assert patterns == ["dense", "1:8", "5 %"]

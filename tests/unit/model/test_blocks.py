@@ -23,11 +23,12 @@ from onward.model.mlp import mlp
 from onward.model.mobilenet_v3 import mobilenet_v3
 from onward.model.resnet import resnet
 from onward.model.rnn import rnn
+from onward.model.snn import snn
 from onward.model.transformer import transformer
 
 MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "mobilenet_v3": mobilenet_v3, "transformer": transformer,
           "gnn": gnn, "rnn": rnn, "locally_connected": locally_connected, "deepfm": deepfm,
-          "coordinate_net": coordinate_net}
+          "coordinate_net": coordinate_net, "snn": snn}
 CONF = Path(__file__).parents[3] / "conf" / "model"
 
 CASES = [
@@ -63,6 +64,10 @@ CASES = [
     ("rnn", "image", {"cell": "lstm", "widths": [5], "norm": "layer"}),
     ("rnn", "tokens", {"cell": "gru", "widths": [5, 4], "embedding": 6}),
     ("rnn", "labelled_text", {"cell": "lstm", "widths": [5], "readout": "mean", "embedding": 6}),
+    ("snn", "image", {"widths": [7, 6], "steps": 3}),
+    ("snn", "flat", {"widths": [7], "steps": 4, "norm": "layer", "readout": "last"}),
+    ("snn", "sequence", {"widths": [5, 4], "decay": 0.5}),
+    ("snn", "tokens", {"widths": [5], "embedding": 6}),
 ]
 IDS = [f"{name}-{kind}-{'-'.join(map(str, options.values()))}" for name, kind, options in CASES]
 
@@ -151,6 +156,7 @@ def test_a_copy_and_a_pickle_compute_the_same(built):
     ("transformer", ["flat", "graph"]),
     ("gnn", ["flat", "image", "sequence", "tokens"]),
     ("rnn", ["flat", "graph"]),
+    ("snn", ["graph"]),
     ("deepfm", ["flat", "image", "sequence", "graph"]),
     ("coordinate_net", ["image", "sequence", "tokens", "graph"]),
 ])
@@ -189,6 +195,9 @@ def test_data_that_a_model_cannot_read_are_refused_by_name(name, kinds, make):
     ("rnn", "sequence", "cell", "ltsm"), ("rnn", "sequence", "widths", [0]),
     ("rnn", "tokens", "embedding", 0),
     ("rnn", "sequence", "norm", "batch"), ("rnn", "sequence", "readout", "flatten"),
+    ("snn", "image", "steps", 0), ("snn", "image", "decay", 1.0), ("snn", "image", "decay", "slow"),
+    ("snn", "image", "slope", 0.0), ("snn", "image", "widths", []), ("snn", "image", "readout", "first"),
+    ("snn", "sequence", "norm", "batch"),
 ])
 def test_a_bad_value_is_refused_by_key(name, kind, key, value, make):
     with pytest.raises(ConfigError) as refusal:

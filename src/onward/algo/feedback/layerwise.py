@@ -107,13 +107,17 @@ class Layerwise(Feedback):
         key = (i, k)
         if key not in self._matrices:
             self._matrices[key] = engine.hardware.apply("feedback", self.matrix(engine, i, k, layer))
-        return transpose(layer, self._matrices[key], grad, shape)
+        # as wide as the matrix: inside a unit errors may be of 16 bits
+        return transpose(layer, self._matrices[key], grad.to(self._matrices[key].dtype), shape)
 
     def gradients(self, engine: Engine, i: int, grads: list[Tensor]) -> list[Tensor]:
         """What unit i hands over, given its own gradients: here those, in general those of ``local_module(i)`` too."""
         return grads
 
     def supports(self, model, spec, hardware):
+        if hardware is not None and hardware.runtime.compile:
+            return (f"{self.name} takes over the backward pass of single layers inside a unit, which torch.compile "
+                    "makes one: use hardware.runtime.compile=false.")
         for i, unit in enumerate(model.blocks):
             for module in unit.modules():
                 if isinstance(module, (*MAPS, *TABLES)):

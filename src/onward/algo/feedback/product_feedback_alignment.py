@@ -102,7 +102,7 @@ class ProductFeedbackAlignment(Layerwise):
             return super().pull_back(engine, i, k, layer, grad, shape)
         # fewer rows than outputs: two thin products instead of one that makes B R
         b, r = (engine.hardware.apply("feedback", m) for m in self.factors(i, k))
-        return transpose(layer, r[0], grad @ b[0], shape)
+        return transpose(layer, r[0], grad.to(b.dtype) @ b[0], shape)
 
     def gradients(self, engine, i, grads):
         unit, grads = engine.units[i], list(grads)

@@ -60,7 +60,8 @@ class Baffle(Perturbation):
         mode: ``forward`` as above (K + 1 queries), or ``central``:
             ``s = (L(theta + delta) - L(theta - delta)) / (2 sigma)`` (2 K queries).
         directions: K. distribution: of z, ``normal`` as in the paper, or ``rademacher``.
-        clip: largest magnitude of an entry of g; null for none.
+        clip: largest magnitude of an entry of g, which is scaled down as a whole where one is larger, as in the
+            authors' code (its direction stays; it is kept, as large as the parameters); null for none.
         weights: ``samples`` (``w_i`` by the client's rows in the round) or ``equal``.
         clients, partition, alpha, participation, drop_out, empty, partition_seed: see :class:`Clients`.
     Raises:
@@ -131,10 +132,18 @@ class Baffle(Perturbation):
         values, counts = zip(*(unpack(message, dtype, counted=True) for message in reports), strict=True)
         return client_weights(counts, self.weights, dtype) @ torch.stack(values) / self.directions
 
-    def gradient(self, oracle: LossOracle, i: int, sums: Tensor) -> list[Tensor]:
-        """Unit i's part of g, from the K numbers that the server sends."""
-        parts = oracle.gradients(i, {str(k): c for k, c in enumerate(sums.to(self.wire.up.device))})
-        return parts if self.clip is None else [g.clamp_(-self.clip, self.clip) for g in parts]
+    def descend(self, engine: Engine, oracle: LossOracle, sums: Tensor) -> None:
+        """The update by g, from the K numbers that the server sends."""
+        coefficients = {str(k): c for k, c in enumerate(sums.to(self.wire.up.device))}
+        if self.clip is None:
+            for i in range(engine.depth + 1):
+                engine.update(i, oracle.gradients(i, coefficients))
+            return
+        g = [oracle.gradients(i, coefficients) for i in range(engine.depth + 1)]
+        largest = torch.stack([part.abs().max() for unit in g for part in unit]).max()
+        scale = self.clip / largest.clamp_min(self.clip)
+        for i, unit in enumerate(g):
+            engine.update(i, [part.mul_(scale) for part in unit])
 
     def answer(self, engine: Engine, batch: Batch, client: int) -> bytes:
         """What one client alone sends about its rows of the batch; nothing if it has none or drops out."""
@@ -148,9 +157,7 @@ class Baffle(Perturbation):
 
     def replay(self, engine: Engine, batch: Batch, sums: Tensor) -> None:
         """The update that follows from the server's K numbers, which needs nobody's data."""
-        oracle = LossOracle(engine, batch, self.distribution)
-        for i in range(engine.depth + 1):
-            engine.update(i, self.gradient(oracle, i, sums))
+        self.descend(engine, LossOracle(engine, batch, self.distribution), sums)
 
     def step(self, engine, batch):
         if not self._checked:
@@ -164,9 +171,7 @@ class Baffle(Perturbation):
             reports = [pack(slopes[:, c], int(now.counts[c])) for c in now.reporting.nonzero().flatten().tolist()]
             behind = self.wire.behind[now.selected].tolist()
             if reports:
-                sums = self.aggregate(reports, slopes.dtype)
-                for i in range(engine.depth + 1):
-                    engine.update(i, self.gradient(oracle, i, sums))
+                self.descend(engine, oracle, self.aggregate(reports, slopes.dtype))
         self.wire.behind[now.selected] = 0
         self.wire.behind += bool(reports)
         down = sum(len(packed_round(engine.seed, engine.step_index, [(0, slopes[:, 0])] * missed)) for missed in behind)

@@ -74,8 +74,8 @@ class LikelihoodRatio(Rule):
                  r"= \tfrac1\sigma\, \mathbb E\big[\mathcal L\, J_i^{\top} \varepsilon_i\big], \quad "
                  r"\partial_{\ln\sigma} \mathbb E[\mathcal L] = \mathbb E[\mathcal L\,(\varepsilon_i^2 - 1)]",
         differs="Units are updated one after the other from noise that is regenerated, so that memory does not grow "
-                "with depth; baselines are ours; Sobol points carry a random shift per sample; no spiking net is here "
-                "to train with it yet, though noise before a threshold needs nothing else.",
+                "with depth; baselines are ours; Sobol points carry a random shift per sample; in spiking nets "
+                "(model=snn) noise is in the currents, which is noise at the thresholds.",
         reported="CIFAR-10, ResNet-5, and more robust to attacks than backpropagation; figures not re-read",
     )
     tier = "Perturbation"
@@ -297,8 +297,9 @@ class LikelihoodRatio(Rule):
         k = self.draws.copies
         if self.rows != "samples":
             return [_Part(batch, range(j, j + 1)) for j in range(k)]
-        x, y = (t.repeat(k, *[1] * (t.dim() - 1)) for t in (batch.x, batch.y))
-        return [_Part(replace(batch, x=x, y=y), range(k))]
+        x, y, teacher = (None if t is None else t.repeat(k, *[1] * (t.dim() - 1))
+                         for t in (batch.x, batch.y, batch.teacher))
+        return [_Part(replace(batch, x=x, y=y, teacher=teacher), range(k))]
 
     def _draw(self, engine: Engine, batch: Batch, i: int, part: _Part) -> Callable[[int, Tensor], Tensor]:
         return lambda site, mean: self.draws.draw(engine, batch, f"noise/{i}/{site}", mean, part.copies)

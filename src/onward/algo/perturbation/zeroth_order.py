@@ -15,6 +15,7 @@ from onward.algo.perturbation.visible import warn_if_hidden
 from onward.errors import ConfigError, Diverged, Unsupported
 
 if TYPE_CHECKING:
+    from onward.data.spec import Batch
     from onward.engine.engine import Engine
 
 SAMPLED = 256  # entries of one parameter whose drift is watched
@@ -54,6 +55,8 @@ class ZerothOrder(Perturbation):
         mask_every: updates between new masks; None keeps the first one.
         first_order: that many last units (1: the readout; 2: and the last block; ...) take their exact gradient by
             reverse mode through them alone, and only the others are perturbed.
+        exact_share: of the run, in [0, 1); its first updates take the exact gradient of all units, the others are as
+            above: first-order steps go the long way, slopes the rest. Where tasks follow one another, of each task.
         history: ``a`` in [0, 1): ``g = s h`` with ``h_t = a h_{t-1} + (1 - a) z_t`` and ``h_1 = z_1``, the slope along
             z alone; one copy of the parameters. As s has mean zero along old directions, the mean of g is
             ``(1 - a)`` times that of ``s z``, and what h adds is noise along directions already taken.
@@ -64,8 +67,9 @@ class ZerothOrder(Perturbation):
         "Fine-Tuning Language Models with Just Forward Passes" (arXiv 2305.17333), algorithm 1; residual: Zhang, Zhou,
         Ji, Zavlanos 2022 (arXiv 2006.10820); sign, step, blocks, density, first_order: Zhang, Li, Hong, Li et al.
         2024, "Revisiting Zeroth-Order Optimization for Memory-Efficient LLM Fine-Tuning: A Benchmark" (arXiv
-        2402.11592), sections 3 and 5; Liu, Chen, Chen, Hong 2019, "signSGD via Zeroth-Order Oracle" (ICLR); history:
-        Feng and others 2025, "ZeroFlow" (arXiv 2501.01045), as the authors' code has it (github.com/THUDM/INFTY).
+        2402.11592), sections 3 and 5; Liu, Chen, Chen, Hong 2019, "signSGD via Zeroth-Order Oracle" (ICLR);
+        exact_share and history: Feng and others 2025, "ZeroFlow" (arXiv 2501.01045; the former not re-read), history as
+        the authors' code has it (github.com/THUDM/INFTY).
     """
 
     info = RuleInfo(
@@ -88,7 +92,7 @@ class ZerothOrder(Perturbation):
     def __init__(self, eps: float = 1e-3, mode: str = "central", restore: str = "replay",
                  distribution: str = "normal", directions: int = 1, sign: str = "none", step: str = "plain",
                  blocks: str = "together", density: float = 1.0, mask: str = "random",
-                 mask_every: int | None = 1, first_order: int = 0, history: float = 0.0):
+                 mask_every: int | None = 1, first_order: int = 0, exact_share: float = 0.0, history: float = 0.0):
         super().__init__(distribution, directions)
         if not (eps > 0 and math.isfinite(eps)):
             raise ConfigError("algo.eps", eps, "a positive number, the size of the perturbation")
@@ -114,7 +118,9 @@ class ZerothOrder(Perturbation):
         if history and (directions > 1 or step == "conservative"):
             raise ConfigError("algo.history", history, "0 with algo.directions above 1 or algo.step=conservative: one "
                                                        "direction of every update is what it remembers")
-        self.history = history
+        if not 0.0 <= exact_share < 1.0:
+            raise ConfigError("algo.exact_share", exact_share, "a share of the run in [0, 1), 0 for none")
+        self.history, self.exact_share = history, exact_share
         self._checked = False
         if self.mode == "residual":
             self.register_buffer("previous", torch.tensor(math.nan))
@@ -122,6 +128,7 @@ class ZerothOrder(Perturbation):
     # ------------------------------------------------------------------ before the first update
 
     def setup(self, model, spec):
+        self._tasks = spec.tasks
         units = [*model.blocks, model.readout]
         if self.first_order > len(model.blocks):
             raise ConfigError("algo.first_order", self.first_order,
@@ -162,6 +169,8 @@ class ZerothOrder(Perturbation):
     def step(self, engine, batch):
         if not self._checked:
             self._check(engine)
+        if self._exact_now(engine):
+            return self._exactly(engine, batch)
         perturbed = [i for i in range(engine.depth + 1 - self.first_order) if engine.parameters_of(i)]
         if self.density < 1.0 and self._renews_masks(engine.step_index):
             self._draw_masks(engine, perturbed)
@@ -197,6 +206,19 @@ class ZerothOrder(Perturbation):
             for i, g in exact.items():
                 engine.update(i, g)
         return {"loss": loss, "drift": drift} if self.restore == "replay" else {"loss": loss}
+
+    def _exact_now(self, engine: Engine) -> bool:
+        """True in the first ``exact_share`` of the run, or of the task."""
+        each = engine.updates.total_steps / self._tasks
+        return engine.step_index % each < self.exact_share * each
+
+    def _exactly(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """An update by the exact gradient."""
+        with LossOracle(engine, batch, self.distribution) as oracle:
+            loss, exact = oracle.exact(0)
+            for i, g in exact.items():
+                engine.update(i, g)
+        return {"loss": loss, "drift": torch.zeros_like(loss)} if self.restore == "replay" else {"loss": loss}
 
     def estimate(self, oracle: LossOracle) -> tuple[dict[str, Tensor], Tensor]:
         if self.mode == "forward" and oracle.base is None:

@@ -16,8 +16,9 @@ from onward.hardware.memory import operations as smaller
 from onward.hardware.memory.codec import Affine, Cast, Codec, Division
 from onward.hardware.memory.offload import Disk
 from onward.hardware.memory.saving import Saver
-from onward.hardware.memory.sketch import RandomProjection, RankOne, RowSampling
+from onward.hardware.memory.sketch import RandomProjection, RankOne, Remembered, RowSampling
 from onward.hardware.memory.tables import RELU_SUMS, SMOOTH, StepTable, approximation, best_table
+from onward.hardware.operations import transformed
 from onward.hardware.seeding import next_seed
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Memory:
 
     recompute: blocks whose input alone is kept, together.
     chunk: samples that are pulled back at a time; the loss still sees the whole batch (gradient caching).
-    stream: positions of a sequence whose scores live at a time.
+    stream: positions of a sequence that are pulled back at a time, through the scores and the blocks of a transformer.
 
     budget: bytes that parameters and the tensors of one update may take together; more is refused before training.
 
@@ -134,10 +135,16 @@ class Memory:
         """Whether backprop computes some of its forward pass again."""
         return any(v is not None for v in (self.recompute, self.chunk, self.stream))
 
+    @property
+    def remembers(self) -> bool:
+        """Whether something of every sample is remembered from one epoch to the next."""
+        return isinstance(self.linear, RowSampling) and self.linear.by == "stored"
+
     def operations(self, hardware: Hardware) -> dict[Callable, Callable]:
         """Replacements for torch's functions (see :class:`~onward.hardware.operations.Operations`).
 
-        Only where a graph is made: elsewhere nothing is kept.
+        Only where a graph is made: elsewhere nothing is kept. Norms and sketches, whose choices depend on the numbers,
+        leave forward-mode and vmapped passes to torch.
         """
         table: dict[Callable, Callable] = {}
 
@@ -173,19 +180,22 @@ class Memory:
                     put((function,), "activation", compute)
         if self.norm is not None:
             put((F.layer_norm,), "norm", lambda _, x, shape, weight=None, bias=None, eps=1e-5:
-                smaller.layer_norm(x, shape, weight, bias, eps))
+                None if transformed() else smaller.layer_norm(x, shape, weight, bias, eps))
             put((F.rms_norm,), "norm", lambda _, x, shape, weight=None, eps=None:
-                smaller.rms_norm(x, shape, weight, eps))
+                None if transformed() else smaller.rms_norm(x, shape, weight, eps))
         if self.linear is not None:
             table[F.linear] = self._linear(hardware)
         return table
 
     def _linear(self, hardware: Hardware) -> Callable[..., Tensor]:
         def replacement(function, x, weight, bias=None):
-            if not (torch.is_grad_enabled() and weight.requires_grad):  # else x is not kept
+            if not (torch.is_grad_enabled() and weight.requires_grad) or transformed():  # else x is not kept
                 return function(x, weight, bias)
             hardware.fired["memory.linear"] += 1
-            return linear(x, weight, bias, product=self.linear, seed=next_seed(hardware, "memory/linear"))
+            layer, product, samples = hardware.uses("memory/linear"), self.linear, hardware.samples
+            if self.remembers and samples is not None and len(samples) == len(x):
+                product = Remembered(product, hardware.error_norms, layer, samples)
+            return linear(x, weight, bias, product=product, seed=next_seed(hardware, "memory/linear"))
 
         return replacement
 

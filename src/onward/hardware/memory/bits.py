@@ -33,7 +33,7 @@ def unpacked(planes: Tensor, bits: int, shape: torch.Size) -> Tensor:
     """The integers (uint8) that :func:`packed` packed."""
     if bits == 8:
         return planes.view(shape)
-    out = torch.zeros(shape, dtype=torch.uint8, device=planes.device)
-    for j in range(bits):
+    out = unpacked_bits(planes[0], shape).to(torch.uint8)
+    for j in range(1, bits):
         out |= unpacked_bits(planes[j], shape).to(torch.uint8) << j
     return out

@@ -1,6 +1,7 @@
 """Torch's operations with the same values and a smaller memory: they keep what the backward pass needs, in few bits.
 
-Each is a Function whose kept parts are further outputs, as transforms of functions need them.
+Each is a Function whose kept parts are further outputs, as transforms of functions need them. Forward-mode derivatives
+are those of the backward pass: ``<g, jvp(v)> = <vjp(g), v>``.
 """
 
 from __future__ import annotations
@@ -28,12 +29,21 @@ class _Masked(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
 
     @staticmethod
     def backward(ctx, grad, _):
+        return _Masked._times_slope(ctx, grad), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _Masked._times_slope(ctx, tangent), None
+
+    @staticmethod
+    def _times_slope(ctx, t):
         (bits,) = ctx.saved_tensors
         active = unpacked_bits(bits, ctx.shape)
-        return torch.where(active, _times(grad, ctx.on), _times(grad, ctx.off)), None, None, None, None
+        return torch.where(active, _times(t, ctx.on), _times(t, ctx.off))
 
 
 def _times(grad: Tensor, slope: float) -> Tensor:
@@ -69,9 +79,7 @@ class _Steps(torch.autograd.Function):
 
     @staticmethod
     def forward(x, function, table):
-        borders = torch.tensor(table.borders, dtype=x.dtype, device=x.device)
-        steps = torch.bucketize(x, borders, out_int32=True).to(torch.uint8)
-        return function(x), packed(steps, table.bits)
+        return function(x), packed(_steps(x, table.borders), table.bits)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -79,13 +87,37 @@ class _Steps(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
 
     @staticmethod
     def backward(ctx, grad, _):
+        return _Steps._times_slope(ctx, grad), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _Steps._times_slope(ctx, tangent), None
+
+    @staticmethod
+    def _times_slope(ctx, t):
         (planes,) = ctx.saved_tensors
-        levels = torch.tensor(ctx.table.levels, dtype=grad.dtype, device=grad.device)
-        slope = levels[unpacked(planes, ctx.table.bits, ctx.shape).int()]
-        return slope.mul_(grad), None, None
+        steps, levels = unpacked(planes, ctx.table.bits, ctx.shape), ctx.table.levels
+        # an index would be made into 8 bytes a number; levels are few
+        if torch._C._functorch.is_functorch_wrapped_tensor(steps):
+            slope = torch.full_like(steps, levels[0], dtype=t.dtype)
+            for j, level in enumerate(levels[1:], 1):
+                slope = torch.where(steps == j, level, slope)
+            return slope * t
+        slope = t.new_full(t.shape, levels[0])
+        for j, level in enumerate(levels[1:], 1):
+            slope.masked_fill_(steps == j, level)
+        return slope * t if torch._C._functorch.is_functorch_wrapped_tensor(t) else slope.mul_(t)
+
+
+def _steps(x: Tensor, borders: tuple[float, ...]) -> Tensor:
+    """How many of the borders are below x, as bytes."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # no rule for bucketize
+        return sum((x > b).to(torch.uint8) for b in borders)
+    return torch.bucketize(x, torch.tensor(borders, dtype=x.dtype, device=x.device), out_int32=True).to(torch.uint8)
 
 
 def stepped(x: Tensor, function, table: StepTable) -> Tensor:
@@ -113,17 +145,28 @@ class _MaxPool(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
 
     @staticmethod
     def backward(ctx, grad, _):
+        dx = grad.new_zeros(*ctx.shape[:-2], ctx.shape[-2] * ctx.shape[-1])
+        dx = dx.scatter_add(-1, _MaxPool._places(ctx), grad.flatten(-2)).view(ctx.shape)
+        return dx, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
         (place,) = ctx.saved_tensors
-        top, left = _corners(grad.shape, ctx.shape[-1], ctx.stride, ctx.padding, grad.device)
+        return tangent.flatten(-2).gather(-1, _MaxPool._places(ctx)).view(place.shape), None
+
+    @staticmethod
+    def _places(ctx) -> Tensor:
+        """Of every maximum in its map, (..., outputs)."""
+        (place,) = ctx.saved_tensors
+        top, left = _corners(place.shape, ctx.shape[-1], ctx.stride, ctx.padding, place.device)
         place = place.long()
         row = top + place // ctx.kernel[1] * ctx.dilation[0]
         column = left + place % ctx.kernel[1] * ctx.dilation[1]
-        at = (row * ctx.shape[-1] + column).flatten(-2)
-        dx = grad.new_zeros(*ctx.shape[:-2], ctx.shape[-2] * ctx.shape[-1])
-        return dx.scatter_add(-1, at, grad.flatten(-2)).view(ctx.shape), None, None, None, None, None
+        return (row * ctx.shape[-1] + column).flatten(-2)
 
 
 def _corners(shape: torch.Size, width: int, stride, padding, device) -> tuple[Tensor, Tensor]:

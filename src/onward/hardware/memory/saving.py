@@ -82,7 +82,8 @@ class Saver:
         codec, fired = self.memory.codec, self.hardware.fired
         parts, decode = (t,), _same
         if codec is not None:
-            parts, decode = codec.encode(t, next_seed(self.hardware, "memory/codec"))
+            with torch.autocast(t.device.type, enabled=False):  # which may be on where t is kept, and is not meant
+                parts, decode = codec.encode(t, next_seed(self.hardware, "memory/codec"))
             fired["memory.codec"] += 1
         if self.store is None:
             return _Encoded([_AsIs(p) for p in parts], decode)

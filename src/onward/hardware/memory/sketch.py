@@ -92,29 +92,33 @@ def sampled_rows(p: Tensor, k: int, winners: bool, seed: int) -> tuple[Tensor, T
 class RowSampling(WeightGradient):
     """``dW = sum_j w_j g_j x_j^T`` over k rows j, drawn as :func:`sampled_rows` says; the scaled rows are kept.
 
-    The likelihood of a row that varies least is ``p_i ~ |x_i| |g_i|``; g is not known in the forward pass, so that
-    ``by=norm`` takes ``p_i ~ |x_i|``. (The source remembers ``|g_i|`` per sample from the epoch before.)
+    The likelihood of a row that varies least is ``p_i ~ |x_i| |g_i|``; g is not known in the forward pass. ``by=norm``
+    takes ``p_i ~ |x_i|``; ``by=stored`` takes ``|x_i|`` times the ``|g|`` that its sample had when it was last met, in
+    the epoch before (:class:`Remembered`), as the source does.
     Sources: Drineas et al. 2006, "Fast Monte Carlo Algorithms for Matrices I" (column-row sampling); Liu et al. 2023.
 
     Args:
         ratio: k / B; 1 keeps every row, which is exact.
-        by: ``norm``, or ``uniform``: all rows alike.
+        by: ``norm``; ``stored``, where samples have numbers of their own; ``uniform``: all rows alike.
         winners: whether the likeliest rows are kept for certain (WTA-CRS).
     """
 
     ratio: float = 0.3
-    by: Literal["norm", "uniform"] = "norm"
+    by: Literal["norm", "stored", "uniform"] = "norm"
     winners: bool = True
 
     def __post_init__(self):
         _share(self.ratio)
-        if self.by not in ("norm", "uniform"):
-            raise ConfigError("hardware.memory.linear.by", self.by, "norm or uniform")
+        if self.by not in ("norm", "stored", "uniform"):
+            raise ConfigError("hardware.memory.linear.by", self.by, "norm, stored or uniform")
 
-    def keep(self, x, seed):
+    def keep(self, x, seed, errors: Tensor | None = None):
+        """``errors``: magnitudes (rows,) that those of g are thought to be in proportion to; None: all alike."""
         if self.ratio == 1:
             return (x,)
-        p = torch.linalg.vector_norm(x, dim=1) if self.by == "norm" else x.new_ones(len(x))
+        p = torch.linalg.vector_norm(x, dim=1) if self.by != "uniform" else x.new_ones(len(x))
+        if errors is not None:
+            p = p * errors
         # a row of zeros needs no chance, but rows that are all zeros need some
         p = p + torch.finfo(x.dtype).tiny
         rows, weights = sampled_rows(p / p.sum(), math.ceil(self.ratio * len(x)), self.winners, seed)
@@ -125,6 +129,46 @@ class RowSampling(WeightGradient):
             return super().estimate(g, kept, seed)
         x, rows = kept
         return g[rows].t() @ x
+
+
+class ErrorNorms:
+    """``|g|`` of every sample at every linear layer when it was last met, in bfloat16: two bytes a sample and layer.
+
+    A layer is a number: of linear layers within an update, in the order of its passes.
+    """
+
+    def __init__(self):
+        self.stored: dict[int, Tensor] = {}
+
+    def of(self, layer: int, samples: Tensor) -> Tensor:
+        """(samples,), the mean of the others for one that is new, 1 if all are."""
+        found = self._room(layer, samples)[samples].float()
+        met = found > 0
+        return torch.where(met, found, found[met].mean() if met.any() else 1.0)
+
+    def store(self, layer: int, samples: Tensor, norms: Tensor) -> None:
+        self._room(layer, samples)[samples] = norms.detach().to("cpu", torch.bfloat16)
+
+    def _room(self, layer: int, samples: Tensor) -> Tensor:
+        held, needed = self.stored.get(layer, torch.zeros(0, dtype=torch.bfloat16)), int(samples.max()) + 1
+        if len(held) < needed:
+            held = self.stored[layer] = torch.nn.functional.pad(held, (0, needed - len(held)))
+        return held
+
+
+class Remembered(WeightGradient):
+    """:class:`RowSampling` of one layer in one pass, that knows what its samples' errors last were."""
+
+    def __init__(self, sampling: RowSampling, norms: ErrorNorms, layer: int, samples: Tensor):
+        self.sampling, self.norms, self.layer, self.samples = sampling, norms, layer, samples.cpu()
+
+    def keep(self, x, seed):
+        errors = self.norms.of(self.layer, self.samples).to(x)
+        return self.sampling.keep(x, seed, errors.repeat_interleave(len(x) // len(errors)))
+
+    def estimate(self, g, kept, seed):
+        self.norms.store(self.layer, self.samples, g.reshape(len(self.samples), -1).norm(dim=1))
+        return self.sampling.estimate(g, kept, seed)
 
 
 @dataclass(frozen=True)

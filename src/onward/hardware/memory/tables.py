@@ -72,11 +72,12 @@ def table_error(name: str, table: StepTable, reach: float = 8.0) -> float:
 
 
 def _on_grid(name: str, reach: float, points: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    x = torch.linspace(-reach, reach, points, dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad():
+    # a table may be asked for first within a transform of functions, whose tensors numpy cannot read
+    with torch._C._DisableFuncTorch(), torch.enable_grad():
+        x = torch.linspace(-reach, reach, points, dtype=torch.float64, requires_grad=True)
         f = SMOOTH[name](x)
         (slope,) = torch.autograd.grad(f.sum(), x)
-    return x.detach().numpy(), slope.numpy(), f.detach().numpy()
+        return x.detach().numpy(), slope.numpy(), f.detach().numpy()
 
 
 def approximation(a: tuple[float, ...], c: tuple[float, ...]) -> StepTable:

@@ -446,6 +446,13 @@ class Sparsity:
 
     # ------------------------------------------------------------------ figures and checkpoint
 
+    @property
+    def pattern(self) -> str:
+        """Which numbers of a weight take part, in a word: ``2:4``, ``5 %``, ``dense``."""
+        if self.weight is None:
+            return "dense"
+        return f"{self.weight.n}:{self.weight.m}" if isinstance(self.weight, NM) else f"{100 * self.weight.density:g} %"
+
     def report(self) -> dict[str, float]:
         """Density of the masks, forward and backward, over all masked weights; what sampling leaves of the products."""
         masked = [layer for layer in self._layers.values() if layer.masked and layer.held.kept is not None]

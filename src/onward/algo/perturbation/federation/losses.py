@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def rows_of(batch: Batch, chosen: Tensor) -> Batch:
     """Some rows of a batch, as a batch of their own."""
-    pick = [None if t is None else t[chosen] for t in (batch.x, batch.y, batch.index)]
-    return replace(batch, x=pick[0], y=pick[1], index=pick[2], rows=None, total=None)
+    x, y, index, teacher = (None if t is None else t[chosen] for t in (batch.x, batch.y, batch.index, batch.teacher))
+    return replace(batch, x=x, y=y, index=index, teacher=teacher, rows=None, total=None)
 
 
 def parts(engine: Engine, batch: Batch, owners: Tensor, clients: int) -> Iterator[tuple[Batch, Tensor]]:
