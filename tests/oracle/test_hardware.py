@@ -268,8 +268,11 @@ def sampled(ratio: float) -> WeightGradient:
     return Seeded(sampler, "layer", 48, None, False)
 
 
-@pytest.mark.parametrize(("sketch", "unbiased"), [*SKETCHES.items(), (sampled(0.4), True), (remembered(), True)],
-                         ids=lambda s: str(s)[:60])
+@pytest.mark.parametrize(("sketch", "unbiased"), [
+    *(pytest.param(*pair, id=str(pair[0])) for pair in SKETCHES.items()),
+    pytest.param(sampled(0.4), True, id="rows sampled by VCAS"),
+    pytest.param(remembered(), True, id="rows by stored norms"),
+])
 def test_gradient_from_a_sketch(sketch, unbiased):
     """Also through the layer that uses it: rows of very different size, weights of the layer as its gradient gives."""
     size = torch.exp(normal(48, 1, seed=1))

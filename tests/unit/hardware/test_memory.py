@@ -159,7 +159,8 @@ def a_text_engine(hardware, steps=6, dtype=torch.float64, words=11, n=4, tuning=
 
 @pytest.mark.parametrize("size", [1, 4, 6, 100])
 @pytest.mark.parametrize("changes", [{}, {"granularity": "sublayer"}, {"norm": "none", "activation": "relu"},
-                                     {"tuning": Prefix(2)}, {"tuning": LoRA(2)}], ids=str)
+                                     {"tuning": Prefix(2)}, {"tuning": LoRA(2)}],
+                         ids=["plain", "sublayers", "without norms", "prefix", "lora"])
 def test_streamed_attention_is_exact(changes, size):
     """Queries of a part against the keys and values up to its end, feed-forward nets by part: the same gradient."""
     hardware = hw(stream=size)
