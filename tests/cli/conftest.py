@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,19 +61,25 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture
-def run(store, monkeypatch, capfd):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setenv("ONWARD_OUTPUTS", str(store))
+def called(capfd):
+    """Calls an entry point with words, in this process; returns (exit code, stdout, stderr)."""
 
-    def call(*words: str):
+    def call(main: Callable, *words: str):
         capfd.readouterr()
         try:
-            code = cli.main(list(words))
+            code = main(list(words))
         except SystemExit as error:
             code = error.code
         return code, *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture
+def run(store, monkeypatch, called):
+    """The command line over the module's store."""
+    monkeypatch.setenv("ONWARD_OUTPUTS", str(store))
+    return partial(called, cli.main)
 
 
 @pytest.fixture
@@ -118,18 +125,9 @@ class Result:
 
 
 @pytest.fixture
-def onward(calls, capfd) -> Callable[..., Result]:
-    """Run the command line in this process."""
-
-    def run(*words: str) -> Result:
-        capfd.readouterr()
-        try:
-            code = cli.main(list(words))
-        except SystemExit as error:
-            code = error.code
-        return Result(code, *capfd.readouterr())
-
-    return run
+def onward(calls, called) -> Callable[..., Result]:
+    """The command line, whose runs only note what they were given."""
+    return lambda *words: Result(*called(cli.main, *words))
 
 
 @pytest.fixture

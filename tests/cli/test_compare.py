@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,20 +42,10 @@ def outputs(tmp_path_factory):
 
 
 @pytest.fixture
-def compare(outputs, monkeypatch, capsys):
-    """Run the script in this process; returns (exit code, stdout, stderr)."""
+def compare(outputs, monkeypatch, called):
+    """The script over that store."""
     monkeypatch.setenv("ONWARD_OUTPUTS", str(outputs))
-    module = script("compare")
-
-    def call(*words: str):
-        capsys.readouterr()
-        try:
-            code = module.main(list(words))
-        except SystemExit as error:
-            code = error.code
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(called, script("compare").main)
 
 
 def test_a_sweep_becomes_a_report(compare, outputs, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -49,24 +50,9 @@ class Found:
 
 
 @pytest.fixture
-def outputs(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "outputs"
-    monkeypatch.setenv("ONWARD_OUTPUTS", str(folder))
-    monkeypatch.delenv("ONWARD_CONFIG_PATH", raising=False)
-    return folder
-
-
-@pytest.fixture
-def onward(outputs, capfd):
-    def run(*words: str):
-        capfd.readouterr()
-        try:
-            code = cli.main(list(words))
-        except SystemExit as error:
-            code = error.code
-        return code, *capfd.readouterr()
-
-    return run
+def onward(outputs, called):
+    """The command line over this test's store."""
+    return partial(called, cli.main)
 
 
 def test_every_rule_gets_the_same_budget_and_the_best_by_validation_is_tested(onward, outputs):

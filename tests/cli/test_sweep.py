@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,18 +39,9 @@ def outputs(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run(outputs, capfd):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*words: str):
-        capfd.readouterr()
-        try:
-            code = cli.main(list(words))
-        except SystemExit as error:
-            code = error.code
-        return code, *capfd.readouterr()
-
-    return call
+def run(outputs, called):
+    """The command line over this test's store."""
+    return partial(called, cli.main)
 
 
 @pytest.fixture
