@@ -28,10 +28,12 @@ VALUES = ("seed", "name", "resume", "pretrained", "search", "reported", "obtaine
 #: What does not change what a run computes, and is left out of :func:`config_hash`.
 NOT_HASHED = frozenset({"seed", "name", "resume", "search", "reported", "obtained", "tracking", "paths",
                         "sweep", "hydra"})
-NOT_HASHED_TRAINER = frozenset({"progress", "profile"})
+#: Within groups: how a run is shown, and what a device would cost.
+NOT_HASHED_WITHIN = ("trainer.progress", "trainer.profile", "hardware.cost")
 
-#: Choices that do nothing, as if their group were not named: a scheme that freezes nothing, no memory of earlier tasks.
-NOTHING = {"tuning": "onward.model.tuning.Full", "continual": "onward.continual.base.FineTuning"}
+#: Values that do nothing, as if their key (with a ``_target_``: its group) were not there, as in runs that are older.
+NOTHING = {"tuning._target_": "onward.model.tuning.Full", "continual._target_": "onward.continual.base.FineTuning",
+           "pretrained": None, "hardware.runtime.precision": "float32", "hardware.runtime.compile": False}
 
 T = TypeVar("T")
 
@@ -143,34 +145,29 @@ def selected(cfg: Mapping[str, Any], key: str) -> Any:
 # ---------------------------------------------------------------------- hash
 
 
-#: settings that recorded runs are older than, at the values that those had
-YOUNGER_RUNTIME = {"precision": "float32", "compile": False}
-_ABSENT = object()
-
-
 def config_hash(cfg: Mapping[str, Any], *, with_seed: bool = False) -> str:
     """SHA-256 of what a run computes: the resolved config without seed, name, tracking, paths and the device's cost.
 
     Runs that differ in the seed alone share it (a run's group); ``with_seed`` tells them apart. ``1`` and
     ``1.0`` hash alike, and the order of keys does not matter.
     """
-    content = {}
-    for key in cfg:
-        if key in NOT_HASHED or (key == "pretrained" and cfg[key] is None) or \
-                (key in NOTHING and cfg[key]["_target_"] == NOTHING[key]):
-            continue
-        content[str(key)] = plain(cfg[key])
-    if isinstance(content.get("hardware"), dict):  # what a device would cost changes nothing that is computed
-        content["hardware"] = {k: v for k, v in content["hardware"].items() if k != "cost"}
-        if isinstance(content["hardware"].get("runtime"), dict):
-            content["hardware"]["runtime"] = {k: v for k, v in content["hardware"]["runtime"].items()
-                                              if YOUNGER_RUNTIME.get(k, _ABSENT) != v}
-    if isinstance(content.get("trainer"), dict):
-        content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in NOT_HASHED_TRAINER}
+    content: dict[str, Any] = {str(key): plain(cfg[key]) for key in cfg if key not in NOT_HASHED}
+    for key, value in NOTHING.items():
+        if selected(content, key) == value:
+            content = _without(content, *key.removesuffix("._target_").split("."))
+    for key in NOT_HASHED_WITHIN:
+        content = _without(content, *key.split("."))
     if with_seed:
         content["seed"] = cfg["seed"]
     text = json.dumps(_canonical(content), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without(node: Any, part: str, *rest: str) -> Any:
+    """A copy of a mapping without the entry of a key; other entries are shared."""
+    if not isinstance(node, dict) or part not in node:
+        return node
+    return {**node, part: _without(node[part], *rest)} if rest else {k: v for k, v in node.items() if k != part}
 
 
 def _canonical(value: Any) -> Any:
