@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
+from onward.data.spec import DataSpec
 from onward.errors import ConfigError
-from onward.model.base import Block
+from onward.model.base import Block, Stack, head
+from onward.model.check import positive
 
 # Initial standard deviation of token vectors and their positions (Radford et al. 2018, sec. 4.1).
 TOKEN_STD = 0.02
@@ -121,3 +125,20 @@ class TokenEmbedding(Block):
 
     def activate(self, z):
         return z
+
+
+def over_time(spec: DataSpec, widths: Sequence[int], embedding: int, readout: str,
+              layer: Callable[[tuple[int, ...], int], Block]) -> Stack:
+    """Layers on sequences and a linear readout: of the last step, the mean of all, or every step where each has a
+    target. Tokens pass an embedding block of width ``embedding`` first.
+
+    Args:
+        layer: makes a block of an input shape and a width.
+    """
+    positive("model.embedding", embedding)
+    blocks: list[Block] = []
+    if spec.layout == "tokens":
+        blocks.append(TokenEmbedding(spec.input_shape[0], spec.vocabulary, embedding, nn.Identity()))
+    for width in widths:
+        blocks.append(layer(blocks[-1].out_shape if blocks else spec.input_shape, width))
+    return Stack(blocks, head(blocks[-1], spec, how="positions" if spec.task.per_position else readout))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from onward.data.spec import DataSpec
-from onward.model.base import Block, Stack, activation, head, require_layout, vector_norm
-from onward.model.check import SEQUENCE_NORMS, check_activation, choice, positive, probability, sizes
-from onward.model.embedding import Rows, Steps, TokenEmbedding
+from onward.model.base import Block, Stack, activation, require_layout, vector_norm
+from onward.model.check import SEQUENCE_NORMS, check_activation, choice, probability, sizes
+from onward.model.embedding import Rows, Steps, over_time
 
 
 class Recurrent(Block):
@@ -130,15 +131,9 @@ def rnn(spec: DataSpec, cell: str = "lstm", widths: Sequence[int] = (64,), embed
     require_layout(spec, "rnn", "image", "sequence", "tokens")
     layer = CELLS[choice("model.cell", cell, CELLS)]
     widths = sizes("model.widths", widths)
-    positive("model.embedding", embedding)
     check_activation(activation)
     choice("model.norm", norm, SEQUENCE_NORMS)
     choice("model.readout", readout, ("last", "mean"))
     probability("model.dropout", dropout)
-    blocks: list[Block] = []
-    if spec.layout == "tokens":
-        blocks.append(TokenEmbedding(spec.input_shape[0], spec.vocabulary, embedding, nn.Identity()))
-    for width in widths:
-        shape = blocks[-1].out_shape if blocks else spec.input_shape
-        blocks.append(layer(shape, width, activation_name=activation, norm=norm, dropout=dropout))
-    return Stack(blocks, head(blocks[-1], spec, how="positions" if spec.task.per_position else readout))
+    return over_time(spec, widths, embedding, readout, partial(layer, activation_name=activation, norm=norm,
+                                                               dropout=dropout))

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from onward.data.spec import DataSpec
 from onward.errors import ConfigError
-from onward.model.base import Block, Stack, head, require_layout, vector_norm
+from onward.model.base import Block, Stack, require_layout, vector_norm
 from onward.model.check import SEQUENCE_NORMS, choice, positive, probability, sizes
-from onward.model.embedding import Steps, TokenEmbedding
+from onward.model.embedding import Steps, over_time
 
 
 class _Spike(torch.autograd.Function):
@@ -115,7 +115,6 @@ def snn(spec: DataSpec, widths: Sequence[int] = (100,), steps: int = 8, decay: f
     require_layout(spec, "snn", "flat", "image", "sequence", "tokens")
     widths = sizes("model.widths", widths)
     positive("model.steps", steps)
-    positive("model.embedding", embedding)
     if isinstance(decay, str | bool) or not 0.0 <= decay < 1.0:
         raise ConfigError("model.decay", decay, "a share in [0, 1) of the potential that is left after a step")
     if isinstance(slope, str | bool) or not 0.0 < slope < float("inf"):
@@ -123,11 +122,9 @@ def snn(spec: DataSpec, widths: Sequence[int] = (100,), steps: int = 8, decay: f
     choice("model.norm", norm, SEQUENCE_NORMS)
     choice("model.readout", readout, ("mean", "last"))
     probability("model.dropout", dropout)
-    blocks: list[Block] = []
-    if spec.layout == "tokens":
-        blocks.append(TokenEmbedding(spec.input_shape[0], spec.vocabulary, embedding, nn.Identity()))
-    for width in widths:
-        shape = blocks[-1].out_shape if blocks else spec.input_shape
-        cut = Still(steps) if not blocks and spec.layout in ("flat", "image") else Steps()
-        blocks.append(Spiking(shape, width, cut=cut, decay=decay, slope=slope, norm=norm, dropout=dropout))
-    return Stack(blocks, head(blocks[-1], spec, how="positions" if spec.task.per_position else readout))
+
+    def layer(shape: tuple[int, ...], width: int) -> Spiking:
+        cut = Steps() if len(shape) == 2 else Still(steps)
+        return Spiking(shape, width, cut=cut, decay=decay, slope=slope, norm=norm, dropout=dropout)
+
+    return over_time(spec, widths, embedding, readout, layer)

@@ -60,54 +60,24 @@ class Attention(nn.Module):
         return self.out(attend(q, k, v, mask).transpose(1, 2).reshape(n, count, width // 3))
 
 
-class AttentionBlock(Block):
-    """``h = x + Attention(norm(x))``, ``h + W2 act(W1 norm(h))`` (pre-norm: Xiong et al. 2020, table 1).
+class ResidualSum(Block):
+    """``x + f(norm(x))`` over a sequence, which may be computed some positions at a time.
 
-    The residual sum is the pre-activation and ``activate`` is the identity. In a pre-norm network the sum
-    grows with depth and needs one norm before the readout: the last block owns it (``norm_output``), so that
-    the readout stays a plain linear head and a rule that trains this block alone trains that norm with it.
+    The residual sum is the pre-activation and ``activate`` is the identity.
     """
 
     layout = "sequence"
-
-    def __init__(self, steps: int, dim: int, heads: int, *, mlp_ratio: int = 4, causal: bool = False,
-                 activation_name: str = "gelu", norm: str = "layer", norm_output: bool = False,
-                 dropout: float = 0.0):
-        super().__init__()
-        self.in_shape = self.out_shape = (steps, dim)
-        self.norm1 = vector_norm(norm, dim)
-        self.attention = Attention(dim, heads, steps, causal)
-        self.norm2 = vector_norm(norm, dim)
-        self.activation_name = activation_name
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), activation(activation_name),
-                                 nn.Linear(mlp_ratio * dim, dim))
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.norm_output = vector_norm(norm, dim) if norm_output else nn.Identity()
-
     streams = True
 
     def pre_activation(self, x, context=None):
         return self.at_positions(x, 0, self.exchanged(x))
 
-    def exchanged(self, x):
-        return self.attention.qkv(self.norm1(x))
-
-    @property
-    def looks_back(self):
-        return self.attention.mask is not None
-
-    def at_positions(self, x, start, exchanged):
-        h = x + self.dropout(self.attention.of(exchanged, start, x.shape[1]))
-        return self.norm_output(h + self.dropout(self.mlp(self.norm2(h))))
-
     def activate(self, z):
         return z
 
 
-class AttentionSublayer(Block):
+class AttentionSublayer(ResidualSum):
     """``x + Attention(norm(x))``: the first half of an :class:`AttentionBlock` as a block of its own."""
-
-    layout = "sequence"
 
     def __init__(self, steps: int, dim: int, heads: int, *, causal: bool = False, norm: str = "layer",
                  dropout: float = 0.0):
@@ -116,11 +86,6 @@ class AttentionSublayer(Block):
         self.norm1 = vector_norm(norm, dim)
         self.attention = Attention(dim, heads, steps, causal)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-
-    streams = True
-
-    def pre_activation(self, x, context=None):
-        return self.at_positions(x, 0, self.exchanged(x))
 
     def exchanged(self, x):
         return self.attention.qkv(self.norm1(x))
@@ -132,14 +97,33 @@ class AttentionSublayer(Block):
     def at_positions(self, x, start, exchanged):
         return x + self.dropout(self.attention.of(exchanged, start, x.shape[1]))
 
-    def activate(self, z):
-        return z
+
+class AttentionBlock(AttentionSublayer):
+    """``h = x + Attention(norm(x))``, ``h + W2 act(W1 norm(h))`` (pre-norm: Xiong et al. 2020, table 1).
+
+    In a pre-norm network the sum grows with depth and needs one norm before the readout: the last block owns it
+    (``norm_output``), so that the readout stays a plain linear head and a rule that trains this block alone trains that
+    norm with it.
+    """
+
+    def __init__(self, steps: int, dim: int, heads: int, *, mlp_ratio: int = 4, causal: bool = False,
+                 activation_name: str = "gelu", norm: str = "layer", norm_output: bool = False,
+                 dropout: float = 0.0):
+        super().__init__(steps, dim, heads, causal=causal, norm=norm, dropout=dropout)
+        self.norm2 = vector_norm(norm, dim)
+        self.activation_name = activation_name
+        self.mlp = feed_forward(dim, mlp_ratio, activation_name)
+        self.norm_output = vector_norm(norm, dim) if norm_output else nn.Identity()
+
+    def at_positions(self, x, start, exchanged):
+        h = super().at_positions(x, start, exchanged)
+        return self.norm_output(h + self.dropout(self.mlp(self.norm2(h))))
 
 
-class FeedForwardSublayer(Block):
+class FeedForwardSublayer(ResidualSum):
     """``x + W2 act(W1 norm(x))``: the second half of an :class:`AttentionBlock` as a block of its own."""
 
-    layout = "sequence"
+    looks_back = True  # a position looks at itself alone
 
     def __init__(self, steps: int, dim: int, *, mlp_ratio: int = 4, activation_name: str = "gelu",
                  norm: str = "layer", norm_output: bool = False, dropout: float = 0.0):
@@ -147,16 +131,9 @@ class FeedForwardSublayer(Block):
         self.in_shape = self.out_shape = (steps, dim)
         self.norm2 = vector_norm(norm, dim)
         self.activation_name = activation_name
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), activation(activation_name),
-                                 nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = feed_forward(dim, mlp_ratio, activation_name)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.norm_output = vector_norm(norm, dim) if norm_output else nn.Identity()
-
-    streams = True
-    looks_back = True  # a position looks at itself alone
-
-    def pre_activation(self, x, context=None):
-        return self.at_positions(x, 0, x)
 
     def exchanged(self, x):
         return x[..., :0]
@@ -164,8 +141,10 @@ class FeedForwardSublayer(Block):
     def at_positions(self, x, start, exchanged):
         return self.norm_output(x + self.dropout(self.mlp(self.norm2(x))))
 
-    def activate(self, z):
-        return z
+
+def feed_forward(dim: int, ratio: int, activation_name: str) -> nn.Sequential:
+    """``W2 act(W1 x)`` with ``ratio * dim`` units between, at every position alike."""
+    return nn.Sequential(nn.Linear(dim, ratio * dim), activation(activation_name), nn.Linear(ratio * dim, dim))
 
 
 def transformer(spec: DataSpec, dim: int = 64, depth: int = 3, heads: int = 4, mlp_ratio: int = 4,
