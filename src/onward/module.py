@@ -16,7 +16,7 @@ from onward.continual.course import Course
 from onward.data.spec import Batch
 from onward.engine import Engine
 from onward.metrics import Meters, Window, named, require_finite
-from onward.probe.base import Probe
+from onward.probe.base import Probe, measured
 
 Log = Callable[[dict[str, float | Tensor], int], None]
 
@@ -121,7 +121,7 @@ class ExperimentModule(pl.LightningModule):
 
     def _probe(self, probe: Probe, batch: Batch) -> None:
         started = time.perf_counter()
-        self.log_metrics(probe.measure(self.engine, batch), self.engine.step_index)
+        self.log_metrics(measured(probe, self.engine, batch, self.identity.get("config_hash")), self.engine.step_index)
         self._resumed_at += time.perf_counter() - started  # measuring is not training
 
     def _flush(self) -> None:

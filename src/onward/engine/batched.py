@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch._functorch.vmap import lazy_load_decompositions
+from torch.func import functional_call
 
 from onward.data.spec import Batch, Graph
 from onward.engine.engine import Engine
@@ -79,15 +80,12 @@ class BatchedEngine:
         lane.step_index = self.step_index
         tensors = {n: t for n in ("x", "y", "index") if (t := getattr(batch, n)) is not None}
 
-        def step(parameters, buffers, tensors, losses):
-            lane.block_losses = losses
-            one = Batch(**tensors, rows=batch.rows, total=batch.total)
-            with self._places.holding({**parameters, **buffers}):
-                return self._pair(lane, one, "step")
-
         self._updates.begin_step(self.step_index)
-        with torch.no_grad():
-            metrics = vmap(step, randomness="same")(self.parameters, self.buffers, tensors, self._losses)
+        with torch.no_grad(), _lanes(self.size):
+            lane.block_losses = _lane(self._losses)
+            one = Batch(**{n: _lane(t) for n, t in tensors.items()}, rows=batch.rows, total=batch.total)
+            with self._places.holding({n: _lane(t) for n, t in self.state().items()}):
+                metrics = {n: _stacked(v, self.size) for n, v in self._pair(lane, one, "step").items()}
         self._updates.end_step()
         self.step_index += 1
         return metrics
@@ -96,12 +94,8 @@ class BatchedEngine:
         """Scores of every lane on the same samples, by readout, (K, B, outputs)."""
         lane = self._lane
 
-        def predict(parameters, buffers):
-            with self._places.holding({**parameters, **buffers}):
-                return self._pair(lane, batch.unlabelled(), "predict")
-
-        with lane.inference():
-            return vmap(predict, randomness="same")(self.parameters, self.buffers)
+        with lane.inference(), _lanes(self.size), self._places.holding({n: _lane(t) for n, t in self.state().items()}):
+            return {n: _stacked(v, self.size) for n, v in self._pair(lane, batch.unlabelled(), "predict").items()}
 
     # ------------------------------------------------------------------ lanes as engines
 
@@ -364,6 +358,17 @@ def _stacked(t: Tensor, size: int) -> Tensor:
     if not _vmap.is_batchedtensor(t):
         return t.expand(size, *t.shape)
     return _vmap.get_unwrapped(t).movedim(_vmap.maybe_get_bdim(t), 0)
+
+
+@contextmanager
+def _lanes(size: int) -> Iterator[None]:
+    """One level of ``torch.vmap``, without its walk over nested arguments, which costs as much as a small product."""
+    lazy_load_decompositions()
+    _vmap._vmap_increment_nesting(size, "same")
+    try:
+        yield
+    finally:
+        _vmap._vmap_decrement_nesting()
 
 
 def _lane(t: Tensor) -> Tensor:

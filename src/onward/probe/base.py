@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar
+
+import torch
 
 from onward.data.spec import Batch
 from onward.errors import ConfigError
@@ -38,3 +41,22 @@ class Probe:
     def measure(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Metrics by full name, such as ``cost/flops``. Must leave engine and batch as they were."""
         raise NotImplementedError
+
+
+_of_shapes: dict[tuple, dict[str, float]] = {}
+
+
+def measured(probe: Probe, engine: Engine, batch: Batch, group: str | None) -> dict[str, float]:
+    """What a probe measures; if it follows from shapes, once in a process for all runs of a ``group`` at this update.
+
+    Args:
+        group: the configuration's hash without the seed, or None to measure anew.
+    """
+    if not probe.of_shape or group is None:
+        return probe.measure(engine, batch)
+    shapes = tuple(tuple(value.shape) if torch.is_tensor(value) else None
+                   for value in (getattr(batch, field.name) for field in fields(batch)))
+    key = (type(probe), group, engine.hardware.cost, engine.step_index, shapes)
+    if key not in _of_shapes:
+        _of_shapes[key] = probe.measure(engine, batch)
+    return dict(_of_shapes[key])
