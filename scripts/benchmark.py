@@ -3,7 +3,7 @@
     python scripts/benchmark.py                 # every table
     python scripts/benchmark.py --only step     # one of: step, sparsity, rules, memory, strategies, loader,
                                                 #   readout, tracking, batched, cli
-    python scripts/benchmark.py --rounds 3 --markdown docs/benchmark.md
+    python scripts/benchmark.py --rounds 3 --markdown docs/benchmark.md      # --only: its tables alone are exchanged
 
 Every figure is a ratio of process CPU times on one thread: variants are interleaved, and the median over
 rounds is shown with its range. Memory figures are exact. Nothing here asserts; the tests assert what is
@@ -13,6 +13,7 @@ deterministic.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import subprocess
 import sys
@@ -376,13 +377,16 @@ class Table:
         self.sections[-1][1].append((what, figure, target))
         print(f"  {what:<78} {figure:<26} {target}", flush=True)
 
-    def markdown(self, command: str) -> str:
-        lines = ["# Benchmark", "", f"Printed by `{command}`. Ratios of process CPU time on one thread: median "
-                 "(min-max) over interleaved rounds. Memory is exact.", ""]
+    def write(self, page: Path, command: str) -> None:
+        """A page with a section per table; in a page that is there, tables of the same title are exchanged."""
+        head = ("# Benchmark\n\nRatios of process CPU time on one thread: median (min-max) over interleaved rounds. "
+                "Memory is exact.\n")
+        kept = page.read_text(encoding="utf-8").split("\n## ")[1:] if page.is_file() else []
+        sections = {section.split("\n", 1)[0]: section.rstrip() for section in kept}
         for title, rows in self.sections:
-            lines += [f"## {title}", "", "| what | here | target |", "|---|---|---|"]
-            lines += [f"| {a} | {b} | {c} |" for a, b, c in rows] + [""]
-        return "\n".join(lines)
+            lines = [title, "", f"Printed by `{command}`.", "", "| what | here | target |", "|---|---|---|"]
+            sections[title] = "\n".join([*lines, *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
+        page.write_text("\n## ".join([head, *(f"{section}\n" for section in sections.values())]), encoding="utf-8")
 
 
 def ratio(variants: dict[str, Callable[[], float]], base: str, rounds: int) -> dict[str, str]:
@@ -642,7 +646,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=TABLES, action="append", help="one table (repeatable)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of every ratio")
-    parser.add_argument("--markdown", type=Path, help="write the tables as a page")
+    parser.add_argument("--markdown", type=Path, help="write the tables into a page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as every run does: bare loops share it
@@ -650,7 +654,7 @@ def main() -> None:
     for name in args.only or TABLES:
         TABLES[name](table, args.rounds)
     if args.markdown:
-        args.markdown.write_text(table.markdown("python " + " ".join(["scripts/benchmark.py", *sys.argv[1:]])) + "\n")
+        table.write(args.markdown, shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -78,15 +78,16 @@ class LwF(FineTuning):
     @contextmanager
     def _earlier(self, model: nn.Module) -> Iterator[None]:
         """The weights and statistics of the last task in the place of the present ones."""
-        state = list(model.state_dict().values())
-        present = [t.clone() for t in state]
+        self._exchange(model)
         try:
-            for k, t in enumerate(state):
-                t.copy_(getattr(self, f"teacher_{k}"))
             yield
         finally:
-            for t, value in zip(state, present, strict=True):
-                t.copy_(value)
+            self._exchange(model)
+
+    def _exchange(self, model: nn.Module) -> None:
+        for k, present in enumerate(model.state_dict(keep_vars=True).values()):
+            earlier = getattr(self, f"teacher_{k}")
+            present.data, earlier.data = earlier.data, present.data
 
     def log_kept(self, scores: Tensor) -> Tensor:
         """``log softmax(s / T)`` over the classes of earlier tasks; -inf for others."""
