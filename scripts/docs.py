@@ -33,6 +33,7 @@ from omegaconf import OmegaConf
 import onward.hardware
 from onward.algo import base
 from onward.catalogue import config_dir, header, options, summary
+from onward.compare.recorded import difference, figures, in_words
 from onward.compare.records import less_is_better
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
@@ -406,10 +407,9 @@ def experiment_lines(e: dict) -> list[str]:
     rows = [["rule", f"[{e['algo']}](rules/{e['algo']}.md)"], ["model, data", f"{e['model']}, {e['data']}"],
             ["reported", figure(e["reported"], "none")], ["its source", str(e["reported"].get("source", ""))],
             ["obtained", figure(made, NOT_RUN)]]
-    if made:
-        metric = next(key.removeprefix("test_") for key in made if key.startswith("test_"))
-        rows += [["every seed", ", ".join(f"{s}: {a:.4f}" for s, a in
-                                         zip(made["seeds"], made[f"test_{metric}"], strict=True))],
+    if found := figures(made):
+        metric, by_seed = found
+        rows += [["every seed", ", ".join(f"{seed}: {a:.4f}" for seed, a in by_seed.items())],
                  ["seconds per seed", f"{made['seconds_per_seed']} on one CPU thread"],
                  ["made by", f"`{made['command']}` at `{made['commit']}`"]]
         rows += [[f"readout {k}", v] for k, v in made.get("other_readouts", {}).items()]
@@ -422,8 +422,8 @@ def experiment_lines(e: dict) -> list[str]:
 
 def obtained_mean(e: dict) -> tuple[str, float] | None:
     """The metric of an experiment and its mean over seeds; None if it was not run."""
-    metric = next((key.removeprefix("test_") for key in e["obtained"] if key.startswith("test_")), None)
-    return None if metric is None else (metric, statistics.mean(e["obtained"][f"test_{metric}"]))
+    found = figures(e["obtained"])
+    return None if found is None else (found[0], statistics.mean(found[1].values()))
 
 
 def by_net_and_figure(e: dict) -> tuple:
@@ -433,6 +433,18 @@ def by_net_and_figure(e: dict) -> tuple:
         return e["model"], True, 0.0, e["name"]
     metric, mean = found
     return e["model"], False, mean if less_is_better(metric) else -mean, e["name"]
+
+
+def twin_rows(everything: list[dict]) -> list[list[str]]:
+    """Experiments that name a twin, and how far they are from it."""
+    of = {e["name"]: e for e in everything}
+    rows = []
+    for e in (e for e in everything if "beside" in e["reported"]):
+        other = of[e["reported"]["beside"]]
+        found = difference(e["obtained"], other["obtained"])
+        rows.append([e["data"], f"[{e['name']}](#{e['name']})", f"[{other['name']}](#{other['name']})",
+                     in_words(found, figures(e["obtained"])[0]) if found else NOT_RUN])
+    return sorted(rows, key=lambda row: (row[0], row[2], row[1]))
 
 
 def experiments_page() -> str:
@@ -455,7 +467,11 @@ def experiments_page() -> str:
         "the experiment says."), "",
         *prose(f"{sum(made.values())} of {len(everything)} were run: " + ", ".join(
             f"[{d}](#{d}) {made[d]} of {sum(e['data'] == d for e in everything)}" for d in data) + "."), "",
-        *tables, "## Every experiment", "", *[line for e in everything for line in experiment_lines(e)]])
+        *tables, "## Beside a twin", "", *prose(
+            "The same net, data and budget with and without one thing: what was obtained with it minus what was "
+            "without, paired by seed."), "",
+        *table(["data", "experiment", "twin", "difference"], twin_rows(everything)), "",
+        "## Every experiment", "", *[line for e in everything for line in experiment_lines(e)]])
 
 
 def pages() -> dict[str, str]:

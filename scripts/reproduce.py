@@ -12,7 +12,8 @@ validation selected, mean and sample standard deviation, 95 % interval, every se
 seconds, the command, the commit and the hardware.
 
 *within*: the reported figure, as it is rounded, lies in the 95 % interval of the mean over seeds. ``why:`` under
-``reported:`` in the experiment's file explains a difference; without it, both settings are shown.
+``reported:`` in the experiment's file explains a difference; without it, both settings are shown. ``beside:`` there
+names a twin, the same net without what the experiment is about: the difference to it is paired by seed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import yaml
 
 from onward import cli
 from onward.catalogue import config_dir, options
+from onward.compare.recorded import difference, in_words
 from onward.compare.records import less_is_better
 from onward.compare.statistics import Estimate, estimate
 from onward.compose import output_root
@@ -242,6 +244,8 @@ def describe(name: str, node: dict, obtained: dict | None, quick: list[str] | No
         lines += _field("obtained", f"{shown(found.mean, metric)}{interval}; seeds {seeds}; commit "
                                     f"{obtained.get('commit', 'not recorded')}; "
                                     f"{obtained.get('hardware', 'one CPU thread, machine not recorded')}")
+    if "beside" in reported:
+        lines += _field("beside", twin(reported["beside"], obtained or {}, metric))
     word = "quick" if quick is not None else verdict.word
     lines += _field("verdict", "none: a reduced run shows that it works, not what it reaches" if quick is not None
                     else f"{verdict.word}: {verdict.detail}")
@@ -250,6 +254,12 @@ def describe(name: str, node: dict, obtained: dict | None, quick: list[str] | No
                                      f"Here: {setting(node)}"
         lines += _field("why", str(why))
     return lines, word
+
+
+def twin(name: str, obtained: dict, metric: str) -> str:
+    """How far an experiment is from its twin, in words."""
+    found = difference(obtained, load(name).get("obtained") or {})
+    return f"{name}: {in_words(found, metric)}" if found else f"{name}: no run of both at one seed"
 
 
 def _field(label: str, text: str) -> list[str]:
