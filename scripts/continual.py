@@ -22,6 +22,7 @@ from onward.tracking import history
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMISERS = {"backprop_sgd": "backprop, SGD", "zo_sgd": "ZO-SGD", "zo_sign": "ZO-sign", "zo_adam": "ZO-Adam",
               "zo_conservative": "ZO-SGD, conservative", "zo_history": "ZO-SGD, history 0.9",
+              "zo_hybrid": "ZO-SGD, a tenth exact",
               "forward_gradient": "forward gradient"}
 COLUMNS = {"split_digits": {"fine_tuning": "fine-tuning", "replay": "replay of 200"},
            "permuted_digits": {"fine_tuning": "fine-tuning", "l2": "L2 pull"}}
