@@ -140,6 +140,9 @@ def test_a_failed_seed_is_said_and_the_others_are_recorded(reproduce, monkeypatc
     ("1.20", "loss", [1.10, 1.11, 1.12], "above"),
     ("98 %", "accuracy", [0.9], "one seed"),
     ("no figure (as good as backprop)", "accuracy", [0.9, 0.8], "no figure"),
+    ("up to 2 points above SR-STE", "accuracy", [0.9, 0.8], "no figure"),
+    ("0.3 points below dense (77.0 beside 77.3 %)", "accuracy", [0.9, 0.8], "no figure"),
+    ("49.58 % of all FLOPs saved", "accuracy", [0.9, 0.8], "no figure"),
 ])
 def test_verdicts(reproduce, reported, metric, values, word):
     assert reproduce.judge(reported, metric, estimate(values)).word == word
