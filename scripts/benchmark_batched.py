@@ -92,7 +92,7 @@ def table_batched(t, rounds: int, bare: dict[str, Callable], widths: Callable[[t
     t.section(f"{SEEDS} seeds as one batched computation: bare steps one after another / one batched step, batch 64")
     cases = (("backprop", Backprop, ">= 3"), ("mono_forward", MonoForward, ">= 3"),
              ("forward_forward, closed form; bare loop as public scripts write it", ff, ">= 8"),
-             ("forward_forward, closed form; bare loop with autograd, one batch", ff, ""),
+             ("forward_forward, closed form; bare loop with autograd, one batch", ff, ">= 8"),
              ("forward_forward, closed form; bare loop in closed form", ff, ""))
     for inputs, hidden in ((64, (64, 64)), (784, (64, 64)), (784, (500, 500, 500))):
         widths((inputs, *hidden))

@@ -469,7 +469,7 @@ def experiments_page() -> str:
             f"[{d}](#{d}) {made[d]} of {sum(e['data'] == d for e in everything)}" for d in data) + "."), "",
         *tables, "## Beside a twin", "", *prose(
             "The same net, data and budget with and without one thing: what was obtained with it minus what was "
-            "without, paired by seed."), "",
+            "without, paired by seed. Learning rate and activation are each one's own."), "",
         *table(["data", "experiment", "twin", "difference"], twin_rows(everything)), "",
         "## Every experiment", "", *[line for e in everything for line in experiment_lines(e)]])
 

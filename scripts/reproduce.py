@@ -35,7 +35,7 @@ import yaml
 
 from onward import cli
 from onward.catalogue import config_dir, options
-from onward.compare.recorded import difference, in_words
+from onward.compare.recorded import difference, figures, in_words
 from onward.compare.records import less_is_better
 from onward.compare.statistics import Estimate, estimate
 from onward.compose import output_root
@@ -231,8 +231,8 @@ def setting(node: dict) -> str:
 def describe(name: str, node: dict, obtained: dict | None, quick: list[str] | None = None) -> tuple[list[str], str]:
     """The lines about one experiment, and its verdict in a word."""
     reported = node.get("reported") or {}
-    metric = next((k.removeprefix("test_") for k in obtained if k.startswith("test_")), "accuracy") if obtained else ""
-    found = estimate(obtained[f"test_{metric}"]) if obtained else None
+    metric, by_seed = figures(obtained or {}) or ("", {})
+    found = estimate(list(by_seed.values())) if by_seed else None
     verdict = judge(str(reported.get("figure", "")), metric, found)
     label = "QUICK, not comparable" if quick is not None else ""
     lines = [f"{name}{f'   [{label}: {chr(32).join(quick)}]' if label else ''}",

@@ -34,6 +34,7 @@ class BatchedEngine:
     """
 
     def __init__(self, engines: Sequence[Engine]):
+        lazy_load_decompositions()  # what torch.vmap asks for at every call
         first = engines[0]
         if (refusal := refuse(first)) is not None:
             raise Unsupported(refusal)
@@ -363,7 +364,6 @@ def _stacked(t: Tensor, size: int) -> Tensor:
 @contextmanager
 def _lanes(size: int) -> Iterator[None]:
     """One level of ``torch.vmap``, without its walk over nested arguments, which costs as much as a small product."""
-    lazy_load_decompositions()
     _vmap._vmap_increment_nesting(size, "same")
     try:
         yield

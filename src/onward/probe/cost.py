@@ -12,7 +12,8 @@ class Cost(Probe):
 
     The modelled energy, in joules, is that of its matrix products, half a FLOP each, and of reading their operands and
     writing their results once (:func:`onward.hardware.energy.joules_of_products`). Emulation is counted as if it were
-    the device: products by light (``hardware/device=photonic``) as digital ones.
+    the device: products by light (``hardware/device=photonic``) as digital ones. Seeds of a configuration share one
+    measurement in a process: of a rule that draws how much it computes, it is the first seed's draw.
     """
 
     of_shape = True
