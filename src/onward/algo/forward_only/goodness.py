@@ -34,15 +34,18 @@ class Goodness:
 
     def logits(self, h: Tensor) -> Tensor:
         """``s (g - theta)`` of every sample, (B,)."""
-        theta = self.threshold if self.is_mean else self.threshold * (h.numel() // len(h))
-        return self.signed_scale * (self.squares(h) - theta)
+        flat = h.flatten(1)
+        excess = torch.linalg.vector_norm(flat, dim=1).square().sub_(self.threshold * flat.shape[1])
+        return excess.mul_(self._factor(flat.shape[1]))
+
+    def _factor(self, units: int) -> float:
+        """dlogit / d(sum of squares)."""
+        return self.signed_scale / units if self.is_mean else self.signed_scale
 
     def pull(self, slope: Tensor, h: Tensor) -> Tensor:
         """dL/dh from the sum's dL/dlogit (B,), which is overwritten: ``2 s h dL/dlogit`` over the number of samples."""
         n = len(h)
-        slope *= 2.0 * self.signed_scale / n
-        if self.is_mean:
-            slope /= h.numel() // n
+        slope *= 2.0 * self._factor(h.numel() // n) / n
         return h * slope.reshape(-1, *[1] * (h.dim() - 1))
 
 
@@ -53,7 +56,9 @@ class Logistic:
 
     def total(self, logits: Tensor, n: int) -> Tensor:
         """Sum over samples, of which the first n are positive."""
-        return F.softplus(-logits[:n]).sum() + F.softplus(logits[n:]).sum()
+        against = logits.clone()
+        against[:n].neg_()
+        return F.softplus(against).sum()
 
     def slope(self, logits: Tensor, n: int) -> Tensor:
         """Derivative of :meth:`total` with respect to the logits."""
