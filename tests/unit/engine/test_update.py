@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import a_batch, adam, make_engine, sgd
+from support import a_batch, adam, digits, make_engine, sgd
 from torch import nn
 
 from onward.algo.forward_only.mono_forward import MonoForward
+from onward.algo.perturbation.forward_gradient import ForwardGradient
 from onward.algo.reference.backprop import Backprop
 from onward.engine.schedule import Constant, Cosine, LinearDecay, Step
 from onward.engine.update import UpdateChain
 from onward.errors import ConfigError
 from onward.hardware.base import Hardware, Numerics
 from onward.hardware.formats import Int
+from onward.model.cnn import cnn
 
 
 def weights(engine):
@@ -137,3 +139,39 @@ def test_a_copied_engine_keeps_its_schedule():
         e.train_step(a_batch())
         e.train_step(a_batch())
     assert torch.equal(weights(engine), weights(twin))
+
+
+def test_a_gradient_laid_out_otherwise_is_paired_by_its_entries():
+    """Maps follow convolutions, whose weights have their channels last; a fused optimizer reads memory in order."""
+    given = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = nn.Parameter(given[0].clone().contiguous(memory_format=torch.channels_last))
+        chain = UpdateChain({"block0": [weight]}, adam(1e-2, fused=True), hardware=Hardware(), eager=True)
+        for _ in range(3):
+            chain.take("block0", [given[1].clone().contiguous(memory_format=layout)])
+        ends.append(weight.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+def test_convolutions_keep_their_channels_last():
+    spec = digits()[0]
+    engine = make_engine(Backprop(), cnn(spec, channels=[8, 8]))
+    weight = engine.model.blocks[1].conv.weight
+    before = weight.detach().clone()
+    engine.train_step(a_batch())
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not torch.equal(weight, before)
+    h = engine.run(1, engine.run(0, a_batch().x))
+    assert h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous()
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_forward_mode_through_norms_of_maps(norm):
+    spec = digits()[0]
+    engine = make_engine(ForwardGradient(), cnn(spec, channels=[8, 8], norm=norm))
+    h = engine.run(0, a_batch().x).detach()
+    dh = torch.randn(h.shape, generator=torch.Generator().manual_seed(0))
+    _, got = engine.jvp(1, h, dh, None)
+    step = 1e-3
+    want = (engine.run(1, h + step * dh) - engine.run(1, h - step * dh)) / (2 * step)
+    assert (got - want).abs().mean() < 1e-2 * want.abs().mean()

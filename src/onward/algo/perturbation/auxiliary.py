@@ -9,6 +9,7 @@ from onward.algo.base import choice
 from onward.data.spec import DataSpec
 from onward.errors import ConfigError
 from onward.model.base import Block, default_pool, pool
+from onward.model.maps import map_norm
 
 KINDS = ("linear", "mlp", "cnn")
 
@@ -40,10 +41,10 @@ class Auxiliary(nn.Module):
         shape = tuple(block.out_shape)
         body: list[nn.Module] = []
         if kind == "cnn":
-            body += [nn.Conv2d(shape[0], width, 1, bias=False), nn.GroupNorm(1, width), nn.ReLU()]
+            body += [nn.Conv2d(shape[0], width, 1, bias=False), map_norm("layer", width), nn.ReLU()]
             height, breadth = shape[1:]
             for _ in range(layers):
-                body += [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, width), nn.ReLU()]
+                body += [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), map_norm("layer", width), nn.ReLU()]
                 height, breadth = -(-height // 2), -(-breadth // 2)
             shape = (width, height, breadth)
         self.convolutions = nn.Sequential(*body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -79,7 +80,7 @@ class CoordinateOracle:
             state, mark = self._noise[i]
             torch.default_generator.set_state(state)
             self.engine.hardware.rewind(mark)
-        entry = p.detach().view(-1)[at]
+        entry = p.detach()[np.unravel_index(at, p.shape)]
         kept = entry.clone()
         try:
             entry += step
@@ -89,7 +90,7 @@ class CoordinateOracle:
 
     def _together(self, i: int, name: str, p: Tensor, at: Tensor, step: float) -> Tensor:
         n = len(at)
-        copies = p.detach().expand(n, *p.shape).clone()
+        copies = p.detach().expand(n, *p.shape).clone(memory_format=torch.contiguous_format)
         copies.view(n, -1)[torch.arange(n, device=at.device), at] += step
         tail = _Tail(self, i)
         losses = vmap(lambda copy: functional_call(tail, {f"unit.{name}": copy}, ()))(copies)
