@@ -44,7 +44,8 @@ class Auxiliary(nn.Module):
             body += [nn.Conv2d(shape[0], width, 1, bias=False), map_norm("layer", width), nn.ReLU()]
             height, breadth = shape[1:]
             for _ in range(layers):
-                body += [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), map_norm("layer", width), nn.ReLU()]
+                body += [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), map_norm("layer", width),
+                         nn.ReLU()]
                 height, breadth = -(-height // 2), -(-breadth // 2)
             shape = (width, height, breadth)
         self.convolutions = nn.Sequential(*body)
