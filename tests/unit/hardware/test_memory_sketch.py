@@ -71,6 +71,8 @@ def test_rank_one_is_biased():
     restored = ((x.view(B, 3, 4) @ v).unsqueeze(-1) * v).view(B, N)
     assert (estimate - g.t() @ restored).abs().max() < 1e-10
     assert (RankOne(groups=3, scale=0.5).estimate(g, product.keep(x, 0), 0) - estimate / 2).abs().max() < 1e-12
+    by_size = RankOne(groups=None, piece=4)
+    assert torch.equal(by_size.estimate(g, by_size.keep(x, 0), 0), estimate), "three pieces of twelve numbers have four"
 
 
 def test_winners_alone_would_be_biased():
@@ -245,7 +247,9 @@ def test_what_is_kept_of_an_input_by_pencil():
 @pytest.mark.parametrize(("make", "key"), [
     (lambda: RandomProjection(0.0), "ratio"), (lambda: RandomProjection(1.5), "ratio"),
     (lambda: RandomProjection(kind="dct"), "kind"), (lambda: RowSampling(-1), "ratio"),
-    (lambda: RowSampling(by="loss"), "by"), (lambda: RankOne(0), "groups"), (lambda: RankOne(scale=0), "scale")])
+    (lambda: RowSampling(by="loss"), "by"), (lambda: RankOne(0), "groups"), (lambda: RankOne(scale=0), "scale"),
+    (lambda: RankOne(groups=4, piece=4), "piece"), (lambda: RankOne(groups=None), "piece"),
+    (lambda: RankOne(groups=None, piece=0), "piece")])
 def test_bad_values_name_their_key(make, key):
     with pytest.raises(ConfigError) as e:
         make()
@@ -255,3 +259,5 @@ def test_bad_values_name_their_key(make, key):
 def test_pieces_that_do_not_divide_a_row_are_refused_with_the_number():
     with pytest.raises(Unsupported, match=r"groups=5 does not divide the 12 inputs.*such as 1"):
         RankOne(groups=5).keep(torch.randn(4, 12), 0)
+    with pytest.raises(Unsupported, match=r"piece=8 does not divide the 12 inputs.*such as 4"):
+        RankOne(groups=None, piece=8).keep(torch.randn(4, 12), 0)

@@ -180,25 +180,32 @@ class RankOne(WeightGradient):
     Source: Miles et al. 2024, "VeLoRA: Memory Efficient Training using Rank-1 Sub-Token Projections".
 
     Args:
-        groups: pieces of a row, of ``inputs / groups`` numbers each.
+        groups: pieces of a row, of ``inputs / groups`` numbers each, as the source counts; null with ``piece``.
         scale: of the estimate.
+        piece: numbers of a piece, the same in layers of all widths; null with ``groups``.
     """
 
-    groups: int = 16
+    groups: int | None = 16
     scale: float = 1.0
+    piece: int | None = None
 
     def __post_init__(self):
-        if self.groups < 1:
+        if (self.groups is None) == (self.piece is None):
+            raise ConfigError("hardware.memory.linear.piece", self.piece,
+                              f"a number with groups=null, or null with a number of groups (groups={self.groups})")
+        if self.groups is not None and self.groups < 1:
             raise ConfigError("hardware.memory.linear.groups", self.groups, "a positive number of pieces of a row")
+        if self.piece is not None and self.piece < 1:
+            raise ConfigError("hardware.memory.linear.piece", self.piece, "a positive number of numbers of a row")
         if self.scale <= 0:
             raise ConfigError("hardware.memory.linear.scale", self.scale, "a positive factor of the estimate")
 
     def keep(self, x, seed):
-        if x.shape[1] % self.groups:
-            raise Unsupported(f"hardware.memory.linear.groups={self.groups} does not divide the {x.shape[1]} inputs of "
-                              "a linear layer: use a divisor of all widths, such as "
-                              f"{math.gcd(self.groups, x.shape[1])}")
-        pieces = x.view(len(x), self.groups, -1)
+        name, given = ("groups", self.groups) if self.piece is None else ("piece", self.piece)
+        if x.shape[1] % given:
+            raise Unsupported(f"hardware.memory.linear.{name}={given} does not divide the {x.shape[1]} inputs of "
+                              f"a linear layer: use a divisor of all widths, such as {math.gcd(given, x.shape[1])}")
+        pieces = x.unflatten(1, (self.groups or -1, self.piece or -1))
         v = torch.nn.functional.normalize(pieces.mean((0, 1)), dim=0)
         return pieces @ v, v
 
