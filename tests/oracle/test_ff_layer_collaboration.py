@@ -124,7 +124,7 @@ def test_collaboration_makes_later_blocks_contribute():
     assert plain["up_to_block2"] < plain["up_to_block0"]
     assert together["up_to_block2"] > together["up_to_block1"] + 0.1 > together["up_to_block0"] + 0.1
     assert together["block0"] < plain["block0"] - 0.3, "alone, a collaborating block is worse"
-    assert together["per_label"] > 0.88 > plain["per_label"] + 0.03
+    assert together["per_label"] > max(0.9, plain["per_label"] + 0.03)
 
 
 def test_the_entropy_loss_separates_without_a_threshold():

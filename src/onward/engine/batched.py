@@ -234,6 +234,7 @@ class _Lane(Engine):
         self.seeds = list(seeds)
         self._generators = [torch.Generator() for _ in seeds]  # seeded anew for every draw
         self.ledger: Counter[str] = Counter()
+        self._ahead = {}
         self.step_index = first.step_index
         self.block_losses = torch.zeros(first.depth)
 
@@ -253,6 +254,15 @@ class _Lane(Engine):
         step = self.step_index
         return _lane(torch.stack([sample(g.manual_seed(derive(seed, step, stream)))
                                   for g, seed in zip(self._generators, self.seeds, strict=True)]))
+
+    def _integers(self, stream, block, shape, low, high):
+        values = torch.empty(len(self.seeds), *shape, dtype=torch.int64)
+        for row, g, seed in zip(values, self._generators, self.seeds, strict=True):
+            row.random_(low, high, generator=g.manual_seed(derive(seed, block, stream)))
+        return values
+
+    def _of_step(self, values, row):
+        return _lane(values[:, row])
 
     # -- parameters and gradients
 

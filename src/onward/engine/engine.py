@@ -38,6 +38,9 @@ from onward.seeds import derive, generator
 if TYPE_CHECKING:
     from onward.algo.base import Rule
 
+#: Steps that whole numbers are drawn for at once: naming a generator takes longer than a batch of them.
+AHEAD = 8
+
 
 class Engine:
     """Executes a stack for a rule.
@@ -66,6 +69,7 @@ class Engine:
         self.ledger: Counter[str] = Counter()
         # one value per block, made once: a step's memory must not grow with depth, not even by its metrics
         self.block_losses = torch.zeros(self.depth)
+        self._ahead: dict[str, tuple[tuple, Tensor]] = {}  # integers of the steps around this one, by stream
         self.hardware.place([self.group(i) for i in range(self.depth + 1)])
         self.hardware.sparsity.bind(self.hardware, {self.group(i): u for i, u in enumerate(self.units)})
         self.fixed_error: Tensor | None = None  # set by the locality audit
@@ -133,6 +137,24 @@ class Engine:
         total = batch.total if batch.total is not None else len(batch)
         values = sample(total, self.generator(stream))
         return values if batch.rows is None else values[batch.rows]
+
+    def draw_integers(self, stream: str, batch: Batch, low: int, high: int) -> Tensor:
+        """One number of ``low .. high - 1`` per sample, (B,): :meth:`draw`, made for ``AHEAD`` steps at once."""
+        total = batch.total if batch.total is not None else len(batch)
+        block, row = divmod(self.step_index, AHEAD)
+        key = block, total, low, high
+        held, values = self._ahead.get(stream, (None, None))
+        if held != key:
+            values = self._integers(f"{stream}/ahead", block, (AHEAD, total), low, high)
+            self._ahead[stream] = key, values
+        values = self._of_step(values, row)
+        return values if batch.rows is None else values[batch.rows]
+
+    def _integers(self, stream: str, block: int, shape: tuple[int, ...], low: int, high: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator(self.seed, block, stream))
+
+    def _of_step(self, values: Tensor, row: int) -> Tensor:
+        return values[row]
 
     # ------------------------------------------------------------------ execution
 

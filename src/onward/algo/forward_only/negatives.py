@@ -32,8 +32,7 @@ def wrong_labels(y: Tensor, n_classes: int, shift: Tensor) -> Tensor:
 
 def draw_wrong_labels(engine, batch: Batch, n_classes: int) -> Tensor:
     """Wrong labels for a batch from the step's stream; the same whatever the number of processes."""
-    shift = engine.draw("negatives/label", batch,
-                        lambda n, g: torch.randint(1, n_classes, (n,), generator=g))
+    shift = engine.draw_integers("negatives/label", batch, 1, n_classes)
     return wrong_labels(batch.y, n_classes, shift.to(batch.y.device))
 
 
