@@ -182,6 +182,11 @@ class _Pair(nn.Module):
 class _LaneChain(UpdateChain):
     """The update chain on stacked parameters: what is clipped together is one lane."""
 
+    def _step(self, optimizer):
+        # without the profiler's record and the hooks around it, of which these optimizers have none
+        step = type(optimizer).step
+        getattr(step, "__wrapped__", step)(optimizer)
+
     def _clip(self, params):
         norm = torch.stack([p.grad.flatten(1).square().sum(1) for p in params if p.grad is not None]).sum(0).sqrt()
         factor = (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
@@ -209,17 +214,19 @@ class _LaneUpdates:
             chain.end_step()
 
     def take(self, group: str, grads: Sequence[Tensor | None]) -> None:
-        stacked = self._stacked(grads)
-        for lanes, chain in self.chains:
-            chain.take(group, [None if g is None else g[lanes] for g in stacked])
+        for chain, own in self._shares(grads):
+            chain.take(group, own)
 
     def write_delta(self, group: str, deltas: Sequence[Tensor | None]) -> None:
-        stacked = self._stacked(deltas)
-        for lanes, chain in self.chains:
-            chain.write_delta(group, [None if d is None else d[lanes] for d in stacked])
+        for chain, own in self._shares(deltas):
+            chain.write_delta(group, own)
 
-    def _stacked(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if v is None else _stacked(v, self.size) for v in values]
+    def _shares(self, values: Sequence[Tensor | None]) -> list[tuple[UpdateChain, list[Tensor | None]]]:
+        """What is handed over, by the chain that it is for."""
+        stacked = [None if v is None else _stacked(v, self.size) for v in values]
+        if len(self.chains) == 1:
+            return [(self.chains[0][1], stacked)]
+        return [(chain, [None if v is None else v[lanes] for v in stacked]) for lanes, chain in self.chains]
 
 
 class _Lane(Engine):

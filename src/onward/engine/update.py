@@ -114,18 +114,21 @@ class UpdateChain:
     def _clip(self, params: list[nn.Parameter]) -> None:
         nn.utils.clip_grad_norm_(params, self.clip_norm)
 
+    def _step(self, optimizer: Optimizer) -> None:
+        optimizer.step()
+
     def _write(self, optimizer: Optimizer, params: list[nn.Parameter]) -> None:
         if self.clip_norm is not None:
             self._clip(params)
         hw = self.hardware
         if hw.acts_on("update"):
             before = [p.detach().clone() for p in params]
-            optimizer.step()
+            self._step(optimizer)
             with torch.no_grad():
                 for p, b in zip(params, before, strict=True):
                     p.copy_(b + hw.apply("update", p - b))
         else:
-            optimizer.step()
+            self._step(optimizer)
         with torch.no_grad():
             self._keep(params)
             if hw.acts_on("optimizer_state"):

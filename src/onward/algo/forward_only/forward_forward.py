@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -206,8 +207,8 @@ class ForwardForward(BlockLocal):
 
     def code(self, labels: Tensor) -> Tensor:
         """One-hot labels of height ``label_value``, (B, K)."""
-        table = torch.eye(self.n_classes, device=labels.device) * self.label_value
-        return F.embedding(labels, table)  # half the time of one_hot, which makes integers first
+        # half the time of one_hot, which makes integers first
+        return F.embedding(labels, _one_hot_rows(self.n_classes, self.label_value, labels.device))
 
     def labelled(self, x: Tensor, code: Tensor) -> Tensor:
         """x with a label in its channel."""
@@ -401,3 +402,9 @@ class ForwardForward(BlockLocal):
             return block.act(torch.addcmul(shared, self.label_value / length, weight[:, k].unsqueeze(0)))
 
         return output
+
+
+@lru_cache(maxsize=8)
+def _one_hot_rows(n: int, value: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept for passes of every kind
+        return torch.eye(n, device=device) * value
