@@ -28,15 +28,13 @@ class Goodness:
 
     def squares(self, h: Tensor) -> Tensor:
         """Sum (or mean) of squared activities of every sample, (B,)."""
-        flat = h.flatten(1)
-        g = torch.linalg.vector_norm(flat, dim=1).square()  # one pass, no temporary, also inside vmap
-        return g / flat.shape[1] if self.is_mean else g
+        g, units = _sum_of_squares(h)
+        return g / units if self.is_mean else g
 
     def logits(self, h: Tensor) -> Tensor:
         """``s (g - theta)`` of every sample, (B,)."""
-        flat = h.flatten(1)
-        excess = torch.linalg.vector_norm(flat, dim=1).square().sub_(self.threshold * flat.shape[1])
-        return excess.mul_(self._factor(flat.shape[1]))
+        g, units = _sum_of_squares(h)
+        return g.sub_(self.threshold * units).mul_(self._factor(units))
 
     def _factor(self, units: int) -> float:
         """dlogit / d(sum of squares)."""
@@ -47,6 +45,12 @@ class Goodness:
         n = len(h)
         slope *= 2.0 * self._factor(h.numel() // n) / n
         return h * slope.reshape(-1, *[1] * (h.dim() - 1))
+
+
+def _sum_of_squares(h: Tensor) -> tuple[Tensor, int]:
+    """Of every sample, (B,), and over how many units."""
+    flat = h.flatten(1)
+    return torch.linalg.vector_norm(flat, dim=1).square(), flat.shape[1]  # one pass, no temporary, also inside vmap
 
 
 class Logistic:
