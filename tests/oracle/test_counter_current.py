@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from support import a_batch, digits, gradients, make_engine
 
+from onward.algo.local_targets import counter_current
 from onward.algo.local_targets.counter_current import CounterCurrent, cosine, distance, similarity
 from onward.data.reconstruction import Reconstruction
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification, LinkPrediction, Regression
+from onward.engine.ledger import LiveBytes
 from onward.errors import ConfigError
 from onward.hardware.base import Hardware, Numerics, Runtime
 from onward.hardware.formats import Int
@@ -195,15 +197,41 @@ def test_the_networks_stay_isolated():
 
 def test_the_signals_are_made_from_the_target_alone():
     engine, batch = engine_of(), a_batch(16, torch.float64)
-    engine.rule.training_batch(engine, batch)
-    one = [c for c, _ in engine.rule._signals]
+    one = [c for c, _ in engine.rule.signals(engine, batch)]
     assert [tuple(c.shape) for c in one] == [(10, w) for w in WIDTHS]
-    engine.rule.training_batch(engine, Batch(torch.rand_like(batch.x), batch.y.flip(0), total=16))
-    assert all(torch.equal(c, d) for c, (d, _) in zip(one, engine.rule._signals, strict=True))
+    other = engine.rule.signals(engine, Batch(torch.rand_like(batch.x), batch.y.flip(0), total=16))
+    assert all(torch.equal(c, d) for c, (d, _) in zip(one, other, strict=True))
     c = torch.eye(10, dtype=torch.float64)
     for layer, signal in zip(reversed(engine.rule.mirrors), reversed(one), strict=True):
         c = F.elu(c @ layer.layer.weight.t())
         torch.testing.assert_close(signal, c, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
+def test_signals_of_a_deep_network_are_made_anew_and_are_the_same(norm, monkeypatch):
+    """What is kept is a few layers; weights, their statistics and every later step are those of keeping all."""
+    def steps(held):
+        monkeypatch.setattr(counter_current, "HELD", held)
+        torch.manual_seed(1)
+        engine = make_engine(CounterCurrent(norm=norm), model=mlp(digits()[0], (6,) * 11, activation="tanh"))
+        for _ in range(3):
+            engine.train_step(a_batch())
+        return {**engine.model.state_dict(), **engine.rule.state_dict()}
+
+    anew, kept = steps(2), steps(11)
+    assert [name for name in kept if not torch.equal(anew[name], kept[name])] == []
+
+
+def test_memory_does_not_grow_with_depth():
+    def peak(depth):
+        torch.manual_seed(1)
+        engine = make_engine(CounterCurrent(), model=mlp(digits()[0], (128,) * depth))
+        engine.train_step(a_batch(128))
+        with LiveBytes() as live:
+            engine.train_step(a_batch(128))
+        return live.peak
+
+    assert peak(64) < 1.1 * peak(4)
 
 
 def test_convolutional_signals_upsample_and_share_their_loss_with_maps():
@@ -280,9 +308,8 @@ def test_signals_have_the_shapes_of_what_they_meet(layout, name):
     torch.manual_seed(0)
     net = rule.setup(built(name, spec), spec)
     engine = make_engine(rule, model=net, spec=spec)
-    rule.training_batch(engine, batch)
     rule_rows = rule.positions
-    for (c, _), block in zip(rule._signals, net.blocks, strict=True):
+    for (c, _), block in zip(rule.signals(engine, batch), net.blocks, strict=True):
         wanted = block.out_shape[-1:] if rule_rows else block.out_shape
         assert tuple(c.shape) == (spec.task.n_outputs, *wanted)
 

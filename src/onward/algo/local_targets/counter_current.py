@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from onward.model.maps import map_norm
 MATCHES = ("similarity", "cosine", "distance")
 # The paper's code scales its loss to layers of this width.
 REFERENCE_WIDTH = 256
+# Layers whose signals are held together; of deeper networks the rest is made anew on the way up.
+HELD = 4
 _TINY = 1e-8
 
 
@@ -159,9 +161,6 @@ class CounterCurrent(BlockLocal):
         self.activation = choice("algo.activation", activation, tuple(ACTIVATIONS))
         self.norm = choice("algo.norm", norm, ("none", "batch", "layer"))
         self.mirrors = nn.ModuleList()
-        # of the batch at hand: c_l of every block's output, with the graph of the one V that made it
-        self._signals: list[tuple[Tensor, Tensor]] = []
-        self._told: Tensor | None = None
 
     # ------------------------------------------------------------------ what is trained
 
@@ -200,18 +199,38 @@ class CounterCurrent(BlockLocal):
 
     # ------------------------------------------------------------------ one update
 
-    def training_batch(self, engine, batch):
-        """Send the targets down: ``self._signals[i]`` is c at block i's output, (K or B, *shape), and its graph."""
+    def signals(self, engine, batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """c at every block's output, the lowest first, (K or B, *shape), each beside itself with the graph of its V.
+
+        Activities come from below, targets from above: to have both at every layer without keeping either, the
+        lower half of the feedback network is run again from its middle, and so on. That takes
+        ``log2(depth / HELD) / 2`` more passes of it, and no V above a layer has changed when that layer is met.
+        """
         weight = self.mirrors[0].layer.weight
         c = torch.eye(self.task.n_outputs).to(weight) if self.by_class else self.task.encode(batch.y)
-        c, signals = engine.hardware.apply("input", c), []
-        for i in reversed(range(len(self.mirrors))):
-            with torch.enable_grad():
-                made = self._down(engine, i, c)
-            c = engine.hardware.apply("activation", made.detach())
-            signals.insert(0, (c, made))
-        self._signals, self._told = signals, self._confident_rows(engine, batch)
-        return batch
+        return self._signals(engine, engine.hardware.apply("input", c), 0, len(self.mirrors))
+
+    def _signals(self, engine, c: Tensor, low: int, high: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of layers ``low .. high - 1`` from c_high."""
+        # a device that is not ideal may send something else the second time
+        if high - low <= HELD or not engine.hardware.ideal:
+            held = []
+            for i in reversed(range(low, high)):
+                with torch.enable_grad():
+                    made = self._down(engine, i, c)
+                c = engine.hardware.apply("activation", made.detach())
+                held.append((c, made))
+            del c, made
+            while held:
+                yield held.pop()
+            return
+        middle, below = (low + high) // 2, c
+        with held_statistics(self.mirrors):
+            for i in reversed(range(middle, high)):
+                below = self._down(engine, i, below)
+        yield from self._signals(engine, below, low, middle)
+        del below
+        yield from self._signals(engine, c, middle, high)
 
     def _down(self, engine, i: int, c: Tensor) -> Tensor:
         mirror, hw = self.mirrors[i], engine.hardware
@@ -229,9 +248,8 @@ class CounterCurrent(BlockLocal):
             scores, targets = self.task.select(engine.forward(batch), batch)
         return self.task.output(scores).gather(1, targets.unsqueeze(1)).squeeze(1) > self.confident
 
-    def local_gradient(self, i, h, batch):
+    def _meet(self, i: int, h: Tensor, c: Tensor, made: Tensor, batch, told: Tensor | None):
         """(loss, dL/da, [dL/dV]) at block i's output: closed forms, dL/dV through the one layer that made c."""
-        c, made = self._signals[i]
         rows, y = self._rows(h, batch)
         if self.match == "distance":
             height = h.shape[2] if h.dim() == 4 else 1
@@ -241,9 +259,9 @@ class CounterCurrent(BlockLocal):
             hit = F.one_hot(own, len(c)).to(rows.dtype)
             if self.match == "similarity":
                 strength = self.scale * REFERENCE_WIDTH / c[0].numel()
-                loss, da, dc = similarity(rows, c.flatten(1), hit, strength, self._told)
+                loss, da, dc = similarity(rows, c.flatten(1), hit, strength, told)
             else:
-                loss, da, dc = cosine(rows, c.flatten(1), hit, self.scale, self.decorrelation, self._told)
+                loss, da, dc = cosine(rows, c.flatten(1), hit, self.scale, self.decorrelation, told)
         above = torch.autograd.grad(made, list(self.mirrors[i].parameters()), dc.reshape(c.shape))
         return loss, self._back(da, h, batch), [self._centred(g) for g in above]
 
@@ -271,23 +289,22 @@ class CounterCurrent(BlockLocal):
         return g - g.flatten(1).mean(1).reshape(-1, *[1] * (g.dim() - 1))
 
     def step(self, engine, batch):
-        self.training_batch(engine, batch)
+        told, signals = self._confident_rows(engine, batch), self.signals(engine, batch)
         h, losses, active = batch.x, engine.block_losses.zero_(), self.active(engine)
-        for i in range(engine.depth):
+        for i, (c, made) in enumerate(signals):
             if i not in active:
                 h = engine.run(i, h, batch.context)
                 continue
             tape = engine.record(i, h, batch.context)
             h = tape.output
-            losses[i], cotangent, local = self.local_gradient(i, h, batch)
+            losses[i], cotangent, local = self._meet(i, h, c, made, batch, told)
             own, _ = tape.vjp(engine.hardware.apply("error", cotangent))
             engine.update(i, [*map(self._centred, own), *local])
-            del tape, cotangent, own, local
+            del tape, cotangent, own, local, c, made
         tape = engine.record(engine.depth, h)
         own, _ = tape.vjp(engine.output_error(tape.output, batch))
         engine.update(engine.depth, [self._centred(g) for g in own])
         output = engine.task.loss(tape.output, batch).detach()
-        self._signals, self._told = [], None
         return {"loss": losses.sum() + output, "readout/loss": output, "block/loss": losses}
 
 
