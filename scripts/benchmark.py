@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pages import exchange
 from torch.func import functional_call, jvp
 
 from onward.algo.feedback.direct_feedback_alignment import DirectFeedbackAlignment
@@ -379,14 +380,11 @@ class Table:
 
     def write(self, page: Path, command: str) -> None:
         """A page with a section per table; in a page that is there, tables of the same title are exchanged."""
-        head = ("# Benchmark\n\nRatios of process CPU time on one thread: median (min-max) over interleaved rounds. "
-                "Memory is exact.\n")
-        kept = page.read_text(encoding="utf-8").split("\n## ")[1:] if page.is_file() else []
-        sections = {section.split("\n", 1)[0]: section.rstrip() for section in kept}
-        for title, rows in self.sections:
-            lines = [title, "", f"Printed by `{command}`.", "", "| what | here | target |", "|---|---|---|"]
-            sections[title] = "\n".join([*lines, *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
-        page.write_text("\n## ".join([head, *(f"{section}\n" for section in sections.values())]), encoding="utf-8")
+        exchange(page, "# Benchmark\n\nRatios of process CPU time on one thread: median (min-max) over interleaved "
+                       "rounds. Memory is exact.",
+                 {title: "\n".join([f"Printed by `{command}`.", "", "| what | here | target |", "|---|---|---|",
+                                    *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
+                  for title, rows in self.sections})
 
 
 def ratio(variants: dict[str, Callable[[], float]], base: str, rounds: int) -> dict[str, str]:

@@ -3,7 +3,7 @@
     python scripts/questions.py                               # all of them, on small data: ten minutes
     python scripts/questions.py collaboration                 # or: sparsity, hybrid, heads, memory
     python scripts/questions.py hybrid --data mnist --epochs 5 --seeds 0,1,2
-    python scripts/questions.py --markdown docs/questions.md
+    python scripts/questions.py --markdown docs/questions.md  # with questions named: their sections alone
 
 Every setting gets the same learning rates, epochs and seeds; the rate with the best mean validation accuracy is
 shown, and its test accuracy is compared with the reference's, seed by seed. Runs are cells of a tracked sweep: asked
@@ -18,12 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pages import exchange
+
 from onward.compare.statistics import estimate, paired
 from onward.launch import run_jobs
 from onward.launch.job import FINISHED, JobResult
 
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
 ACCURACY = "test/accuracy"
+MEMORY = "How much memory does each really save?"
 WIDTHS = "model.widths=[200,200,200]"
 
 
@@ -221,26 +224,25 @@ def report(key: str, data: str | None, epochs: int | None, seeds: Sequence[int])
     head = ["", "lr", "test accuracy, %", f"difference to {reference}", *question.columns]
     rows = [[name, s.rate, accuracy(s), "" if name == reference else shown_difference(s, settings[reference]),
              *(figure(s) for figure in question.columns.values())] for name, s in settings.items()]
-    return [f"## {question.text}", "", f"`python scripts/questions.py {key}`: data={data}, {epochs} epochs, seeds "
+    return [f"`python scripts/questions.py {key}`: data={data}, {epochs} epochs, seeds "
             f"{', '.join(map(str, seeds))}, learning rate by validation among {', '.join(RATES)}; mean ± 95 % "
             "interval.", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}",
-            *(f"| {' | '.join(row)} |" for row in rows), "", question.answer(settings), ""]
+            *(f"| {' | '.join(row)} |" for row in rows), "", question.answer(settings)]
 
 
 def memory_report() -> list[str]:
     """Peak bytes of a step as it is metered, at two depths."""
     rules = ("backprop", "forward_forward", "ff_layer_collaboration", "mono_forward", "scalable_forward_forward",
-             "counter_current", "pepita", "noprop_ct", "deep_supervision")
+             "counter_current", "pepita", "pepita algo.update=time_local", "noprop_ct", "deep_supervision")
     depths = (4, 16)
-    results = run_jobs([[f"algo={rule}", f"model.widths=[{','.join(['256'] * depth)}]"] for rule in rules
+    results = run_jobs([[*f"algo={rule}".split(), f"model.widths=[{','.join(['256'] * depth)}]"] for rule in rules
                         for depth in depths],
                        ["data.batch_size=512", "trainer.max_steps=3", "trainer.max_epochs=1", "optimizer=sgd",
                         "optimizer.lr=1e-4", "probe=cost"])
     peaks = iter(result.metrics.get("cost/peak_bytes") for result in results)
     rows = [(rule, [next(peaks) for _ in depths]) for rule in rules]
     base = dict(rows)["backprop"]
-    lines = ["## How much memory does each really save?", "",
-             "`python scripts/questions.py memory`: peak live bytes of one update, MLP of width 256, batch 512, SGD, "
+    lines = ["`python scripts/questions.py memory`: peak live bytes of one update, MLP of width 256, batch 512, SGD, "
              "beside the weights.", "",
              "| rule | 4 blocks | backprop / rule | 16 blocks | backprop / rule | 16 over 4 |",
              "|---|---|---|---|---|---|"]
@@ -250,7 +252,7 @@ def memory_report() -> list[str]:
             continue
         cells = [f"{mine:,.0f} | {other / mine:.2f}" for mine, other in zip(found, base, strict=True)]
         lines.append(f"| {rule} | {' | '.join(cells)} | {found[1] / found[0]:.2f} |")
-    return [*lines, ""]
+    return lines
 
 
 def main() -> None:
@@ -259,17 +261,15 @@ def main() -> None:
     parser.add_argument("--data", help="default: the question's own")
     parser.add_argument("--epochs", type=int, help="of every run (default: the question's own)")
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--markdown", type=Path, help="write the answers as a page")
+    parser.add_argument("--markdown", type=Path, help="write the answers into a page; others there are kept")
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    command = " ".join(["python scripts/questions.py", *sys.argv[1:]])
-    lines = ["# Questions about forward-only rules", "", f"`{command}`", ""]
     for key in args.questions or [*QUESTIONS, "memory"]:
-        found = memory_report() if key == "memory" else report(key, args.data, args.epochs, seeds)
-        print("\n".join(found))
-        lines += found
-    if args.markdown:
-        args.markdown.write_text("\n".join(lines), encoding="utf-8")
+        title = MEMORY if key == "memory" else QUESTIONS[key].text
+        body = "\n".join(memory_report() if key == "memory" else report(key, args.data, args.epochs, seeds))
+        print(f"## {title}\n\n{body}\n", flush=True)
+        if args.markdown:
+            exchange(args.markdown, "# Questions about forward-only rules", {title: body})
 
 
 if __name__ == "__main__":
