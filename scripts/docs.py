@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 import onward.hardware
 from onward.algo import base
 from onward.catalogue import config_dir, header, options, summary
-from onward.compare.recorded import difference, figures, in_words
+from onward.compare.recorded import difference, figures, in_words, twins
 from onward.compare.records import less_is_better
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification
@@ -439,11 +439,11 @@ def twin_rows(everything: list[dict]) -> list[list[str]]:
     """Experiments that name a twin, and how far they are from it."""
     of = {e["name"]: e for e in everything}
     rows = []
-    for e in (e for e in everything if "beside" in e["reported"]):
-        other = of[e["reported"]["beside"]]
-        found = difference(e["obtained"], other["obtained"])
-        rows.append([e["data"], f"[{e['name']}](#{e['name']})", f"[{other['name']}](#{other['name']})",
-                     in_words(found, figures(e["obtained"])[0]) if found else NOT_RUN])
+    for e in everything:
+        for name in twins(e["reported"]):
+            found = difference(e["obtained"], of[name]["obtained"])
+            rows.append([e["data"], f"[{e['name']}](#{e['name']})", f"[{name}](#{name})",
+                         in_words(found, figures(e["obtained"])[0]) if found else NOT_RUN])
     return sorted(rows, key=lambda row: (row[0], row[2], row[1]))
 
 
@@ -468,8 +468,8 @@ def experiments_page() -> str:
         *prose(f"{sum(made.values())} of {len(everything)} were run: " + ", ".join(
             f"[{d}](#{d}) {made[d]} of {sum(e['data'] == d for e in everything)}" for d in data) + "."), "",
         *tables, "## Beside a twin", "", *prose(
-            "The same net, data and budget with and without one thing: what was obtained with it minus what was "
-            "without, paired by seed. Learning rate and activation are each one's own."), "",
+            "The same net, data and budget under another rule, or without one thing: what was obtained minus what the "
+            "twin got, paired by seed. Optimizer, learning rate and activation are each one's own."), "",
         *table(["data", "experiment", "twin", "difference"], twin_rows(everything)), "",
         "## Every experiment", "", *[line for e in everything for line in experiment_lines(e)]])
 

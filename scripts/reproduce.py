@@ -13,7 +13,7 @@ seconds, the command, the commit and the hardware.
 
 *within*: the reported figure, as it is rounded, lies in the 95 % interval of the mean over seeds. ``why:`` under
 ``reported:`` in the experiment's file explains a difference; without it, both settings are shown. ``beside:`` there
-names a twin, the same net without what the experiment is about: the difference to it is paired by seed.
+names a twin or several, the same net without what the experiment is about: the difference is paired by seed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import yaml
 
 from onward import cli
 from onward.catalogue import config_dir, options
-from onward.compare.recorded import difference, figures, in_words
+from onward.compare.recorded import difference, figures, in_words, twins
 from onward.compare.records import less_is_better
 from onward.compare.statistics import Estimate, estimate
 from onward.compose import output_root
@@ -245,8 +245,8 @@ def describe(name: str, node: dict, obtained: dict | None, quick: list[str] | No
         lines += _field("obtained", f"{shown(found.mean, metric)}{interval}; seeds {seeds}; commit "
                                     f"{obtained.get('commit', 'not recorded')}; "
                                     f"{obtained.get('hardware', 'one CPU thread, machine not recorded')}")
-    if "beside" in reported:
-        lines += _field("beside", twin(reported["beside"], obtained or {}, metric))
+    for other in twins(reported):
+        lines += _field("beside", twin(other, obtained or {}, metric))
     word = "quick" if quick is not None else verdict.word
     lines += _field("verdict", "none: a reduced run shows that it works, not what it reaches" if quick is not None
                     else f"{verdict.word}: {verdict.detail}")

@@ -16,6 +16,12 @@ def figures(obtained: Mapping[str, Any]) -> tuple[str, dict[int, float]] | None:
     return key.removeprefix("test_"), dict(zip(obtained["seeds"], obtained[key], strict=True))
 
 
+def twins(reported: Mapping[str, Any]) -> list[str]:
+    """The experiments that a ``reported:`` block stands beside: one name, or several."""
+    named = reported.get("beside", [])
+    return [named] if isinstance(named, str) else list(named)
+
+
 def difference(obtained: Mapping[str, Any], twin: Mapping[str, Any]) -> Paired | None:
     """``obtained - twin`` over the seeds of both; None if one was not run, or their metrics differ."""
     ours, theirs = figures(obtained), figures(twin)

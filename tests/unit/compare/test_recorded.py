@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from onward.catalogue import config_dir, options
-from onward.compare.recorded import difference, figures, in_words
+from onward.compare.recorded import difference, figures, in_words, twins
 
 
 def obtained(values: dict[int, float], metric: str = "accuracy") -> dict:
@@ -44,9 +44,9 @@ def test_nothing_to_compare_with(twin):
 def test_every_twin_is_an_experiment_on_the_same_data():
     nodes = {name: yaml.safe_load((config_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
              for name in options("experiment")}
-    twins = {name: node["reported"]["beside"] for name, node in nodes.items() if "beside" in node.get("reported", {})}
-    assert len(twins) > 10
-    for name, twin in twins.items():
+    named = {name: twins(node.get("reported", {})) for name, node in nodes.items()}
+    assert sum(map(bool, named.values())) > 40
+    for name, twin in ((name, twin) for name, found in named.items() for twin in found):
         mine, theirs = ({key: option for entry in nodes[n]["defaults"] for key, option in entry.items()
                          if key in ("override /data", "override /model")} for n in (name, twin))
         assert twin != name and mine == theirs, (name, twin)
