@@ -231,7 +231,8 @@ def share(v: Verdict) -> str:
         return (f"{REFERENCE.capitalize()} needs {v.break_even_low:.2g} times as much compute for the same loss at the "
                 f"lower end and {v.break_even_high:.2g} times at the upper one.")
     return (f"{REFERENCE.capitalize()} reaches the same loss with {100 * v.break_even_low:.2g} % and "
-            f"{100 * v.break_even_high:.2g} % of the compute: so little an update might cost at most.")
+            f"{100 * v.break_even_high:.2g} % of the compute: to break even, an update of {RULE} would have to cost "
+            f"that share of what it does.")
 
 
 def percent(gap: Interval) -> str:
