@@ -327,7 +327,9 @@ def index_page() -> str:
         "", "See also: [models](models.md), [data](data.md), [hardware](hardware.md), "
         "[experiments](experiments.md), [comparisons](compare.md), [questions answered by runs](questions.md), "
         "[alignment of feedback](alignment.md), [tasks one after another](continual.md), [coordinates or random "
-        "directions](coordinates_or_directions.md), [local guesses](local_guesses.md).", ""])
+        "directions](coordinates_or_directions.md), [local guesses](local_guesses.md), [scaling "
+        "laws](scaling_laws.md), [federated clients](federated.md), [sweeps and searches](sweeps.md), [a tracking "
+        "server](server.md), [speed and memory](benchmark.md), [speed of sweeps](benchmark_sweep.md).", ""])
 
 
 def group_page(title: str, group: str, text: str) -> str:
