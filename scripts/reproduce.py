@@ -24,6 +24,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -65,11 +66,21 @@ def run(name: str, seed: int, folder: Path, outputs: Path, extra: list[str], at:
     """The exit code of one seed; its folder is fixed, so that it can be found and is not made twice."""
     words = [f"experiment={name}", f"seed={seed}", "trainer.progress=lines", f"hydra.run.dir={folder}", *extra]
     os.environ |= {"OMP_NUM_THREADS": "1", "ONWARD_OUTPUTS": str(outputs)}
-    worker = start(cli.main, words)
+    worker, told = start(cli.main, words), []
+
+    def stop(*_: object) -> None:
+        told.append(True)
+        worker.process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)  # else the run would go on without us
     try:
         code = worker.result()
     except EOFError:
         code = worker.process.exitcode or 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if told:
+        sys.exit(128 + signal.SIGTERM)
     if code == 0:
         (folder / DONE).write_text(json.dumps({"commit": at, "extra": extra}), encoding="utf-8")
     return code

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -167,3 +170,21 @@ def test_quick_overrides_of_every_experiment_on_disk_compose():
         words = module.quick_overrides(name)
         cfg = compose([f"experiment={name}", *words])
         assert cfg.trainer.max_epochs <= 2 and (cfg.data.get("limit") or 0) <= 2000
+
+
+def test_told_to_stop_it_stops_the_run_that_it_started(tmp_path):
+    """Else a process without a parent would train on, and write into the folder of the next attempt."""
+    words = ["jiang2023_likelihood_ratio_rnn_digits", "--quick", "--set", "trainer.max_epochs=100000"]
+    ours = subprocess.Popen([sys.executable, SCRIPTS / "reproduce.py", *words, "--outputs", tmp_path],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    written = tmp_path / "reproduce-quick" / words[0] / "seed0" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while not written.is_file() and time.monotonic() < end and ours.poll() is None:
+        time.sleep(0.1)
+    assert written.is_file()
+    ours.send_signal(signal.SIGTERM)
+    assert ours.wait(60) == 128 + signal.SIGTERM
+    size = written.stat().st_size
+    time.sleep(2)
+    assert written.stat().st_size == size
+    assert not (written.parent / "reproduced.json").exists()
