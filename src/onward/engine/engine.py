@@ -479,4 +479,5 @@ def keep_channels_last(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)  # not contiguous(), which leaves one channel as it is
+            # contiguous() and not to(): that would turn weights of one input channel as well, on which oneDNN aborts
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
