@@ -473,11 +473,11 @@ def _dense_jvp(unit, h, dh, tangents):
 
 
 def keep_channels_last(model: nn.Module) -> None:
-    """Weights of 2-D convolutions with their channels last in memory, whatever their shape says.
+    """Weights of 2-D convolutions of several input channels with their channels last in memory, not in shape.
 
-    Maps follow them, and a step of a plain conv net takes two thirds of the time.
+    Maps follow them, and a step of a plain conv net takes 0.7 of the time.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            # contiguous() and not to(): that would turn weights of one input channel as well, on which oneDNN aborts
+            # not Module.to(), which turns one input channel as well: with it ResNet-18 aborts inside torch
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
