@@ -76,6 +76,7 @@ def test_a_training_command_runs(command, store, monkeypatch, capfd):
 def test_a_script_is_there_with_the_options_that_are_shown(command, monkeypatch, capsys):
     _, script, *words = shlex.split(command)
     monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))  # as python does for the script that it runs
     with pytest.raises(SystemExit) as done:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert done.value.code == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import torch
 from support import accuracy, adam, digits, make_engine, train
 
@@ -21,9 +23,9 @@ def floor(epochs: int) -> float:
 
 def test_deepzero_beats_a_frozen_trunk():
     rule = DeepZero(budget=129, redraw=1)
-    reached = accuracy(train(make_engine(rule, widths=(6, 6), optimizer=adam(0.03)), epochs=8))
+    reached = accuracy(train(make_engine(rule, widths=(6, 6), optimizer=adam(0.03)), epochs=14))
     assert reached >= 0.75
-    assert reached - floor(8) >= 0.3
+    assert reached - floor(14) >= 0.3
 
 
 def test_baffle_beats_a_frozen_trunk_with_clients_that_differ_and_drop_out():
@@ -35,13 +37,17 @@ def test_baffle_beats_a_frozen_trunk_with_clients_that_differ_and_drop_out():
 
 
 def test_fzoos_descends_in_a_subspace_of_a_few_dimensions():
-    """No optimizer is involved: without its moves the net stays as drawn, at a tenth of the classes."""
-    rule = FZooS(dimensions=40, clients=2, iterations=5, exploration=2, noise=0.1, local_lr=0.03, features=200)
-    engine = make_engine(rule, widths=(16,))
-    before = accuracy(engine)
-    reached = accuracy(train(engine, epochs=3, batch_size=128))
-    assert before <= 0.2
-    assert reached >= 0.28
+    """No optimizer is involved: without its moves the net stays as drawn, at a tenth of the classes. Mean of 3 seeds:
+    which subspace is drawn decides much of what a net of 40 coordinates can learn."""
+    before, after = [], []
+    for seed in range(3):
+        rule = FZooS(dimensions=40, clients=2, iterations=5, exploration=4, radius=0.1, noise=0.1, local_lr=0.1,
+                     features=200)
+        engine = make_engine(rule, widths=(16,), seed=seed)
+        before.append(accuracy(engine))
+        after.append(accuracy(train(engine, epochs=4, batch_size=128)))
+    assert mean(before) <= 0.15
+    assert mean(after) >= 0.28
 
 
 def test_equal_queries_coordinates_against_random_directions():
