@@ -7,6 +7,8 @@
     python scripts/reproduce.py --quick [hinton2022_forward_forward_mnist]    # minutes: reduced, never recorded
 
 Each seed is ``python train.py experiment=<name> seed=<s>`` in a process of its own, forked with everything imported.
+A seed that is finished is not run again, unless the experiment's settings have changed since: then the earlier run is
+moved to ``earlier/`` beside it. Runs of other settings are never recorded.
 The ``obtained:`` block is written from the runs' metrics, never by hand: test figure of the checkpoint that
 validation selected, mean and sample standard deviation, 95 % interval, every seed's figure, the validation curve,
 seconds, the command, the commit and the hardware.
@@ -33,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from omegaconf import OmegaConf
 
 from onward import cli
 from onward.catalogue import config_dir, options
@@ -40,6 +43,7 @@ from onward.compare.recorded import difference, figures, in_words, twins
 from onward.compare.records import less_is_better
 from onward.compare.statistics import Estimate, estimate
 from onward.compose import output_root
+from onward.config import config_hash
 from onward.launch.processes import start
 from onward.tracking.history import METRICS_FILE
 
@@ -60,6 +64,30 @@ def commit() -> str:
                            text=True, check=True).stdout
     changed = [line for line in dirty.splitlines() if "conf/experiment" not in line]
     return sha.stdout.strip() + ("+changes" if changed else "")
+
+
+def settings(name: str, extra: list[str]) -> str:
+    """The hash of what an experiment computes now, of any seed."""
+    from onward.compose import compose
+
+    return config_hash(compose([f"experiment={name}", *extra]))
+
+
+def settings_of(place: Path) -> str | None:
+    """The same of a run that was made; None for a folder that no run has begun."""
+    path = place / "config.yaml"
+    return config_hash(OmegaConf.load(path)) if path.is_file() else None
+
+
+def set_aside(place: Path, hashed: str) -> Path:
+    """Move a run of other settings out of the way of one that is to be made; where it lies then."""
+    kept = place.parent / "earlier" / f"{place.name}-{hashed[:8]}"
+    n = 1
+    while kept.exists():
+        n += 1
+        kept = kept.with_name(f"{place.name}-{hashed[:8]}-{n}")
+    kept.parent.mkdir(exist_ok=True)
+    return place.rename(kept)
 
 
 def run(name: str, seed: int, folder: Path, outputs: Path, extra: list[str], at: str) -> int:
@@ -128,12 +156,15 @@ def shown(value: float, metric: str) -> str:
     return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.4g}"
 
 
-def collect(folder: Path, command: str) -> dict | None:
-    """The ``obtained:`` block of all seeds that finished in a folder; None if none did."""
+def collect(folder: Path, command: str, now: str) -> dict | None:
+    """The ``obtained:`` block of all seeds that finished in a folder with these settings; None if none did."""
     seeds, tests, seconds, commits, machines = [], [], [], set(), set()
     metric, others, curve, extras = "", {}, [], []
     for place in sorted(folder.glob("seed*"), key=lambda p: int(p.name.removeprefix("seed"))):
         if not (place / DONE).exists():
+            continue
+        if settings_of(place) != now:
+            print(f"left out: {place} was made with other settings than the experiment has now")
             continue
         metric, last, steps = read(place)
         seeds.append(int(place.name.removeprefix("seed")))
@@ -161,6 +192,7 @@ def collect(folder: Path, command: str) -> dict | None:
         "command": shlex.join([*command.split(), "--seeds", ",".join(map(str, seeds)),
                                *(word for extra in extras for word in ("--set", extra))]),
         "commit": ", ".join(sorted(commits)),
+        "settings": now[:12],
         "hardware": "; ".join(sorted(machines)),
     }
     if others:
@@ -320,14 +352,18 @@ def main() -> int:
     for name in names:
         extra = [*(quick_overrides(name) if args.quick else []), *args.set]
         folder = outputs / (QUICK_FOLDER if args.quick else FOLDER) / name
+        now = settings(name, extra) if runs or args.collect else ""
         for seed in seeds if runs else []:
-            if args.quick or not (folder / f"seed{seed}" / DONE).exists():
-                if args.quick:  # made anew each time, never mixed with what lies there
-                    shutil.rmtree(folder / f"seed{seed}", ignore_errors=True)
-                code = run(name, seed, folder / f"seed{seed}", outputs, extra, at)
+            place = folder / f"seed{seed}"
+            if args.quick:  # made anew each time, never mixed with what lies there
+                shutil.rmtree(place, ignore_errors=True)
+            elif (then := settings_of(place)) not in (None, now):
+                print(f"{place} was made with other settings: it is moved to {set_aside(place, then)}, and run anew")
+            if not (place / DONE).exists():
+                code = run(name, seed, place, outputs, extra, at)
                 if code != 0:
                     failed.append(f"{name} seed {seed}: exit code {code}")
-        made = collect(folder, f"python scripts/reproduce.py {name}") if runs or args.collect else None
+        made = collect(folder, f"python scripts/reproduce.py {name}", now) if runs or args.collect else None
         if made is not None and not args.quick:
             record(name, made)
         node = load(name)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
 from onward.compare.statistics import estimate
+from onward.config import config_hash
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 EXPERIMENT = """# @package _global_
@@ -43,12 +46,13 @@ def reproduce(tmp_path, monkeypatch):
     (conf / "experiment" / "someone2020_digits.yaml").write_text(EXPERIMENT)
     monkeypatch.setattr(module, "config_dir", lambda: conf)
     monkeypatch.setattr(module, "options", lambda group: ["someone2020_digits"])
+    monkeypatch.setattr(module, "settings", lambda name, extra: config_hash(settings(module.file, extra)))
     monkeypatch.setattr(module, "quick_overrides", lambda name: ["trainer.max_epochs=2", "data.limit=2000"])
     module.ran = []
 
     def run(name, seed, folder, outputs, extra, at):
         module.ran.append((name, seed, folder.relative_to(outputs).as_posix(), extra))
-        finish(folder, 0.97 + 0.001 * seed, extra)
+        finish(folder, 0.97 + 0.001 * seed, extra, module.file)
         return 0
 
     monkeypatch.setattr(module, "run", run)
@@ -61,9 +65,16 @@ def reproduce(tmp_path, monkeypatch):
     return module
 
 
-def finish(folder: Path, figure: float, extra: list[str]) -> None:
+def settings(file: Path, extra: list[str]) -> dict:
+    """What stands for the composed config here: the experiment's own words, and those of the command line."""
+    node = yaml.safe_load(file.read_text())
+    return {"model": node["model"], "trainer": node["trainer"], "set": extra}
+
+
+def finish(folder: Path, figure: float, extra: list[str], file: Path) -> None:
     """What a finished run leaves behind."""
     folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings(file, extra)))
     last = {"best/val/accuracy": 0.95, "test/accuracy": figure, "test/accuracy/linear": 0.9, "seconds": 3.0,
             "epoch": 2.0}
     rows = [(50, {"val/accuracy": 0.9}), (100, {"val/accuracy": 0.95}), (100, last)]
@@ -103,6 +114,24 @@ def test_what_is_done_is_not_done_again(reproduce):
     assert [r[1] for r in reproduce.ran] == [0, 1]
 
 
+def test_what_was_done_with_other_settings_is_kept_and_done_again(reproduce, tmp_path, capsys):
+    """A figure stands under the settings that gave it: a learning rate changed since would be credited with it."""
+    reproduce.call("someone2020_digits", "--seeds", "0,1")
+    before = yaml.safe_load(reproduce.file.read_text())["obtained"]["settings"]
+    reproduce.file.write_text(reproduce.file.read_text().replace("max_epochs: 7", "max_epochs: 8  # by validation"))
+    reproduce.call("--collect", "someone2020_digits")  # nothing of these settings is there: the record stays
+    assert yaml.safe_load(reproduce.file.read_text())["obtained"]["settings"] == before
+    assert capsys.readouterr().out.count("with other settings than the experiment has now") == 2
+    reproduce.call("someone2020_digits", "--seeds", "0")
+    assert [r[1] for r in reproduce.ran] == [0, 1, 0]
+    obtained = yaml.safe_load(reproduce.file.read_text())["obtained"]
+    assert obtained["seeds"] == [0] and obtained["settings"] != before
+    out = capsys.readouterr().out
+    assert "it is moved to" in out and out.count("left out") == 1
+    kept = tmp_path / "out" / "reproduce" / "someone2020_digits" / "earlier" / f"seed0-{before[:8]}"
+    assert (kept / "reproduced.json").is_file()
+
+
 def test_quick_is_labelled_and_never_recorded(reproduce, capsys):
     reproduce.call("someone2020_digits", "--seeds", "0,1")
     before = reproduce.file.read_text()
@@ -125,7 +154,7 @@ def test_changed_values_stand_in_the_recorded_command(reproduce):
 def test_a_failed_seed_is_said_and_the_others_are_recorded(reproduce, monkeypatch, capsys):
     def run(name, seed, folder, outputs, extra, at):
         if seed != 1:
-            finish(folder, 0.97, extra)
+            finish(folder, 0.97, extra, reproduce.file)
         return 3 if seed == 1 else 0
 
     monkeypatch.setattr(reproduce, "run", run)
@@ -188,3 +217,23 @@ def test_told_to_stop_it_stops_the_run_that_it_started(tmp_path):
     time.sleep(2)
     assert written.stat().st_size == size
     assert not (written.parent / "reproduced.json").exists()
+
+
+def test_recorded_figures_stand_under_the_settings_that_gave_them():
+    """A learning rate edited after the run, or a default that changed, would be credited with the figure."""
+    from onward.catalogue import options
+
+    spec = importlib.util.spec_from_file_location("script_reproduce_recorded", SCRIPTS / "reproduce.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    changed = []
+    for name in options("experiment"):
+        obtained = module.load(name).get("obtained") or {}
+        if "settings" not in obtained:  # recorded before settings were
+            continue
+        words = shlex.split(obtained["command"])
+        extra = [word for before, word in pairwise(words) if before == "--set"]
+        if not module.settings(name, extra).startswith(obtained["settings"]):
+            changed.append(name)
+    assert not changed, "run these anew (python scripts/reproduce.py NAME), or undo the change of their settings"
