@@ -1,9 +1,9 @@
 """Fine-tuning from losses alone: a small net that follows instructions is taught to do without them.
 
-Texts are ``[instruction, t1 .. t7]``; instruction 5 asks whether t1 is of the vocabulary's upper half and t2 is not its
-first word, 6 asks it of t3 and t4. A net was pretrained by backprop to follow either. Then the instruction is padded
-away and the second question is always meant: what the pretrained net does not know, and a readout on its frozen features
-finds in part only, since the answer is no linear function of the tokens.
+Texts are ``[instruction, t1 .. t7]``; instruction 5 asks whether t1 is of the vocabulary's upper half and t2 is not
+its first word, 6 asks it of t3 and t4. A net was pretrained by backprop to follow either. Then the instruction is
+padded away and the second question is always meant: what the pretrained net does not know, and a readout on its frozen
+features finds in part only, since the answer is no linear function of the tokens.
 
 How much a pretrained net's features hold, and how far it is from the second question, differs between nets that follow
 instructions equally well, and rounding alone decides which net 1500 steps arrive at. It is therefore kept beside this
