@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from sklearn.datasets import load_digits
@@ -16,6 +20,19 @@ from onward.engine import Engine
 from onward.engine.batched import BatchedEngine, stack
 from onward.model.mlp import mlp
 from onward.seeds import derive, generator
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+def script(name: str) -> ModuleType:
+    """``scripts/<name>.py`` as a new module: what a test changes in it, no other test sees."""
+    if str(SCRIPTS) not in sys.path:  # as python does for a script it runs
+        sys.path.insert(0, str(SCRIPTS))
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 @lru_cache

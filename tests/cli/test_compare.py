@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
 from functools import partial
-from pathlib import Path
 
 import pytest
+from support import script
 
 from onward import cli
 from onward.tracking.backend import client
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SMALL = ["model.widths=[16,16]", "trainer.max_epochs=3", "data.batch_size=32", "tracking.plots=never"]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--virtual-time-budget=5000")
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

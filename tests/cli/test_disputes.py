@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import support
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SEEDS = range(5)
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("script_disputes", SCRIPTS / "disputes.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "script_disputes", module)
-    spec.loader.exec_module(module)
-    return module
+def script():
+    return support.script("disputes")
 
 
 def setting(script, level: float, flops: float = 1e6, cosine: float = 0.2, wobble: float = 0.002):

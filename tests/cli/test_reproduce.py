@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import signal
@@ -14,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import SCRIPTS, script
 
+from onward.catalogue import options
 from onward.compare.statistics import estimate
+from onward.compose import compose
 from onward.config import config_hash
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 EXPERIMENT = """# @package _global_
 # A rule on digits (Someone 2020)
 # python train.py experiment=someone2020_digits
@@ -37,10 +38,7 @@ reported:
 @pytest.fixture
 def reproduce(tmp_path, monkeypatch):
     """The script over a folder of one experiment; ``ran`` is what it would have run."""
-    spec = importlib.util.spec_from_file_location("script_reproduce", SCRIPTS / "reproduce.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "script_reproduce", module)
-    spec.loader.exec_module(module)
+    module = script("reproduce")
     conf = tmp_path / "conf"
     (conf / "experiment").mkdir(parents=True)
     (conf / "experiment" / "someone2020_digits.yaml").write_text(EXPERIMENT)
@@ -188,13 +186,7 @@ def test_an_unknown_name(reproduce):
 
 
 def test_quick_overrides_of_every_experiment_on_disk_compose():
-    from onward.catalogue import options
-    from onward.compose import compose
-
-    spec = importlib.util.spec_from_file_location("script_reproduce_real", SCRIPTS / "reproduce.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = script("reproduce")
     for name in options("experiment")[:4]:
         words = module.quick_overrides(name)
         cfg = compose([f"experiment={name}", *words])
@@ -221,12 +213,7 @@ def test_told_to_stop_it_stops_the_run_that_it_started(tmp_path):
 
 def test_recorded_figures_stand_under_the_settings_that_gave_them():
     """A learning rate edited after the run, or a default that changed, would be credited with the figure."""
-    from onward.catalogue import options
-
-    spec = importlib.util.spec_from_file_location("script_reproduce_recorded", SCRIPTS / "reproduce.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = script("reproduce")
     changed = []
     for name in options("experiment"):
         obtained = module.load(name).get("obtained") or {}

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import support
 
 from onward.compare.scaling import Curve, Law
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
 
 @pytest.fixture
-def script(monkeypatch):
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("script_scaling_laws", SCRIPTS / "scaling_laws.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "script_scaling_laws", module)
-    spec.loader.exec_module(module)
-    return module
+def script():
+    return support.script("scaling_laws")
 
 
 def cells(script, laws: dict[str, Law], flops: dict[str, float]) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from difflib import unified_diff
 from pathlib import Path
 
 import pytest
+from support import script
 
 from onward.catalogue import options
 
@@ -20,10 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def docs():
     """scripts/docs.py as a module."""
-    spec = importlib.util.spec_from_file_location("onward_docs_script", ROOT / "scripts" / "docs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs")
 
 
 @pytest.fixture(scope="module")

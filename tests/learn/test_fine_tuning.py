@@ -30,7 +30,7 @@ from onward.model.tuning import Full, Head, LoRA, Prefix, Prompt
 SPEC = DataSpec("instructions", "tokens", (8,), Classification(2), 1024, 1, 500, vocabulary=10)
 SCHEMES = {"full": (Full(), 3e-3), "lora": (LoRA(4), 1e-2), "prefix": (Prefix(4), 1e-1), "prompt": (Prompt(2), 3e-2),
            "head": (Head(), 3e-2)}
-BARS = {"full": 0.95, "lora": 0.95, "prefix": 0.85, "prompt": 0.95}
+BARS = {"full": 0.97, "lora": 0.97, "prefix": 0.88, "prompt": 0.97}
 KEPT = Path(__file__).with_name("instructions.npz")
 
 
@@ -94,8 +94,7 @@ def control(pretrained) -> float:
 def test_every_scheme_learns_from_losses_what_frozen_features_do_not_hold(pretrained, control, scheme):
     rule = ZerothOrder(distribution="rademacher", directions=2)
     reached = tuned(pretrained, scheme, rule, 500)
-    assert reached >= BARS[scheme]
-    assert control <= 0.75
+    assert reached >= max(BARS[scheme], control + 0.1)
 
 
 @pytest.mark.parametrize(("changes", "bar"), [({"sign": "slope"}, 0.95), ({"density": 0.5, "mask_every": 50}, 0.95),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import support
 import torch
 
 from onward.compose import compose
@@ -17,12 +16,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("hardware_script", ROOT / "scripts" / "hardware.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+def script():
+    return support.script("hardware")
 
 
 def test_cells_are_what_their_names_say(script):

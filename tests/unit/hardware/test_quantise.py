@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from support import script
 
 from onward import cli
 
@@ -15,10 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def quantise():
-    spec = importlib.util.spec_from_file_location("quantise", ROOT / "scripts" / "quantise.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("quantise")
 
 
 def test_a_run_under_formats(quantise, tmp_path, monkeypatch, capsys):
