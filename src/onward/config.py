@@ -33,7 +33,8 @@ NOT_HASHED_WITHIN = ("trainer.progress", "trainer.profile", "hardware.cost")
 
 #: Values that do nothing, as if their key (with a ``_target_``: its group) were not there, as in runs that are older.
 NOTHING = {"tuning._target_": "onward.model.tuning.Full", "continual._target_": "onward.continual.base.FineTuning",
-           "pretrained": None, "hardware.runtime.precision": "float32", "hardware.runtime.compile": False}
+           "pretrained": None, "hardware.runtime.precision": "float32", "hardware.runtime.compile": False,
+           "algo.feedback_norm": "initial"}
 
 T = TypeVar("T")
 

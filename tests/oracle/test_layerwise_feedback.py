@@ -241,6 +241,32 @@ def test_uniform_magnitudes_are_the_initial_deviation():
     assert torch.allclose(taken_matrices(kaiming)[1].abs(), torch.tensor(1 / math.sqrt(3 * 30)))
 
 
+@pytest.mark.parametrize("magnitude", ["uniform", "batch", "fixed"])
+def test_feedback_as_large_as_the_weights_are_now(magnitude):
+    """Frobenius norms agree while the weights change, whatever the magnitudes; only their size differs."""
+    engine = make_engine(SignSymmetry(magnitude, scale=0.5, feedback_norm="weights"), widths=(30, 20),
+                         optimizer=sgd(2.0))
+    sizes = []
+    for _ in range(8):
+        now = [layer.weight.detach() for _, _, layer in maps(engine)]
+        for b, w in zip(taken_matrices(engine), now, strict=True):
+            assert b.norm().item() == pytest.approx(0.5 * w.norm().item(), rel=1e-5)
+            assert torch.equal(b.sign(), w.sign())
+        sizes.append(now[1].norm().item())
+        engine.train_step(a_batch())
+    assert max(sizes) > 1.005 * min(sizes), "the weights' norm did not change"
+    if magnitude == "uniform":
+        assert taken_matrices(engine)[1].abs().unique().numel() == 1
+
+
+def test_weights_of_zero_are_fed_back_as_zero():
+    engine = make_engine(SignSymmetry(feedback_norm="weights"), widths=(30, 20))
+    with torch.no_grad():
+        for _, _, layer in maps(engine):
+            layer.weight.zero_()
+    assert all(not b.any() for b in taken_matrices(engine))
+
+
 @pytest.mark.parametrize("init", ["kaiming", "xavier"])
 def test_batch_magnitudes_are_drawn_anew_and_fixed_ones_are_not(init):
     """Also under kaiming, where BioTorch 0.0.16 raises NameError."""
@@ -484,6 +510,7 @@ def test_weights_of_a_few_sizes_do_not_stop_training():
 
 @pytest.mark.parametrize(("make", "key", "value"), [
     (SignSymmetry, "magnitude", "random"), (SignSymmetry, "scale", 0.0), (SignSymmetry, "init", "he"),
+    (SignSymmetry, "feedback_norm", "strict"),
     (WeightMirror, "rate", 0.0), (WeightMirror, "every", 0), (WeightMirror, "first", -1), (WeightMirror, "samples", 0),
     (WeightMirror, "noise", float("nan")), (WeightMirror, "response", "spikes"), (KolenPollack, "scale", -1.0),
     (KolenPollack, "distribution", "cauchy"), (ProductFeedbackAlignment, "expand", 0),

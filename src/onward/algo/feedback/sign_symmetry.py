@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from onward.algo.base import RuleInfo, choice
@@ -10,6 +11,7 @@ from onward.algo.feedback.matrices import DISTRIBUTIONS, INITS, initial_std, ran
 from onward.errors import ConfigError
 
 MAGNITUDES = ("uniform", "batch", "fixed")
+NORMS = ("initial", "weights")
 
 
 class SignSymmetry(Layerwise):
@@ -24,10 +26,14 @@ class SignSymmetry(Layerwise):
         distribution: of M_l, ``uniform`` or ``normal``, mean 0; no matter to ``uniform`` magnitudes.
         scale: s is ``scale`` times that of ``init``.
         init: ``kaiming``, ``1 / sqrt(3 fan_in)``; ``xavier``, ``sqrt(2 / (fan_in + fan_out))``.
+        feedback_norm: ``initial``, as above; ``weights``, then brought to ``|B_l| = scale |W_l|`` (Frobenius) at every
+            update. Below batch normalisation W grows, what passes forward does not, and a B that stays as it was
+            passes ever less error back.
     Raises:
-        ConfigError: an unknown magnitude, distribution or init, a scale that is not positive.
+        ConfigError: an unknown magnitude, distribution, init or norm, a scale that is not positive.
     Source: Liao, Leibo, Poggio 2016, arXiv 1510.05067; with |M| and s: Sanfiz, Akrout 2021 (BioTorch),
-    arXiv 2108.13446.
+    arXiv 2108.13446; the weights' norm: Moskovitz, Litwin-Kumar, Abbott 2018, arXiv 1812.06488, "strict
+    normalization" (as remembered; not re-read).
     """
 
     name = "sign_symmetry"
@@ -48,7 +54,7 @@ class SignSymmetry(Layerwise):
     )
 
     def __init__(self, magnitude: str = "uniform", distribution: str = "uniform", scale: float = 1.0,
-                 init: str = "kaiming"):
+                 init: str = "kaiming", feedback_norm: str = "initial"):
         super().__init__()
         self.magnitude = choice("algo.magnitude", magnitude, MAGNITUDES)
         self.distribution = choice("algo.distribution", distribution, DISTRIBUTIONS)
@@ -56,6 +62,7 @@ class SignSymmetry(Layerwise):
             raise ConfigError("algo.scale", scale, "a positive number")
         self.scale = scale
         self.init = choice("algo.init", init, INITS)
+        self.feedback_norm = choice("algo.feedback_norm", feedback_norm, NORMS)
 
     def std(self, layer: nn.Module) -> float:
         """s of that map."""
@@ -69,7 +76,13 @@ class SignSymmetry(Layerwise):
             self.register_buffer(f"magnitude_{i}_{k}", drawn.abs_())
 
     def matrix(self, engine, i: int, k: int, layer: nn.Module) -> Tensor:
-        signs = layer.weight.detach().sign()
+        weight = layer.weight.detach()
+        feedback = self._with_magnitudes(engine, i, k, layer, weight.sign())
+        if self.feedback_norm == "initial":
+            return feedback
+        return feedback.mul_(self.scale * weight.norm() / feedback.norm().clamp_min(torch.finfo(weight.dtype).tiny))
+
+    def _with_magnitudes(self, engine, i: int, k: int, layer: nn.Module, signs: Tensor) -> Tensor:
         if self.magnitude == "uniform":
             return signs.mul_(self.std(layer))
         if self.magnitude == "fixed":
