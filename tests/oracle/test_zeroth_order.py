@@ -26,6 +26,7 @@ from onward.model.mlp import mlp
 from onward.model.resnet import resnet
 from onward.model.rnn import rnn
 from onward.model.transformer import transformer
+from onward.model.tuning import freeze
 from onward.samples import SMALL, family
 
 MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "transformer": transformer, "rnn": rnn, "gnn": gnn}
@@ -207,6 +208,35 @@ def test_queries_differ_by_the_parameters_alone(mode):
             torch.rand(7)
             other = loss(engine.forward(a_batch(16, torch.float64)), a_batch(16))
         assert not torch.equal(other, losses[0]), "there is noise"
+
+
+@pytest.mark.parametrize("mode", ["central", "forward"])
+@pytest.mark.parametrize("noise", ["none", "dropout", "rounding"])
+def test_a_frozen_trunk_runs_once_a_step_and_changes_nothing(mode, noise):
+    """Against whole passes: the same update to the last bit, with the same noise above the trunk."""
+    numerics = Numerics(activation=Int(8, "tensor", "stochastic"), input=Int(6, "tensor", "stochastic"))
+    found, runs = [], []
+    for whole in (False, True):
+        torch.manual_seed(1)
+        net = mlp(digits()[0], (30, 30), dropout=0.5 if noise == "dropout" else 0.0)
+        freeze(net.blocks[0])
+        engine = make_engine(ZerothOrder(1e-3, mode, directions=2), net, dtype=torch.float64,
+                             **({"hardware": Hardware("rounding", numerics=numerics)} if noise == "rounding" else {}))
+        if whole:
+            make = engine.rule.oracle
+            engine.rule.oracle = lambda *a, make=make: passing_all(make(*a))
+        for _ in range(3):
+            engine.train_step(a_batch(16, torch.float64))
+        found.append(values(engine))
+        runs.append(engine.ledger["unit_forwards"])
+    assert torch.equal(*found)
+    queries = 4 if mode == "central" else 3
+    assert runs == [3 * (2 * queries + 1), 3 * 3 * queries]
+
+
+def passing_all(oracle: LossOracle) -> LossOracle:
+    oracle._trunk = 0
+    return oracle
 
 
 def test_running_statistics_move_once_a_step():

@@ -253,6 +253,12 @@ class _Lane(Engine):
     def restart_noise(self):
         """Nothing here is stochastic (see :func:`refuse`)."""
 
+    def mark_noise(self):
+        return None
+
+    def resume_noise(self, mark):
+        """As :meth:`restart_noise`."""
+
     def draw(self, stream, batch, sample):
         total = batch.total if batch.total is not None else len(batch)
         return self.random(stream, lambda g: sample(total, g))

@@ -111,6 +111,16 @@ class Engine:
         torch.default_generator.manual_seed(derive(self.seed, self.step_index, "global"))
         self._begin_hardware_step()
 
+    def mark_noise(self) -> tuple[Tensor, Counter[str]]:
+        """Where the step's noise stands in the middle of a pass, for :meth:`resume_noise`."""
+        return torch.default_generator.get_state(), self.hardware.mark()
+
+    def resume_noise(self, mark: tuple[Tensor, Counter[str]]) -> None:
+        """Let a pass that begins in the middle meet the noise that a whole one would."""
+        state, calls = mark
+        torch.default_generator.set_state(state)
+        self.hardware.rewind(calls)
+
     def _begin_hardware_step(self) -> None:
         self.hardware.begin_step(self.generator, self.step_index, self.step_index / max(self.updates.total_steps, 1))
 

@@ -44,7 +44,7 @@ class CoordinateOracle:
         for i in range(engine.depth + 1):
             if reuse:
                 self._inputs.append(h)
-                self._noise.append((torch.default_generator.get_state(), engine.hardware.mark()))
+                self._noise.append(engine.mark_noise())
             h = engine.run(i, h, batch.context)
         self.base = engine.loss(h, batch)
 
@@ -77,9 +77,7 @@ class CoordinateOracle:
     def _alone(self, i: int, p: Tensor, at: int, step: float) -> Tensor:
         self.engine.restart_noise()
         if self.reuse:
-            state, mark = self._noise[i]
-            torch.default_generator.set_state(state)
-            self.engine.hardware.rewind(mark)
+            self.engine.resume_noise(self._noise[i])
         entry = p.detach()[np.unravel_index(at, p.shape)]
         kept = entry.clone()
         try:
