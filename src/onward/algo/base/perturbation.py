@@ -40,8 +40,8 @@ class LossOracle:
         self.base: Tensor | None = None  # the loss at theta, for rules that compare with it
         self._at: list[tuple[str, float] | None] = [None] * (engine.depth + 1)  # where each unit stands
         self._queried = False
-        self._trunk = next((i for i in range(engine.depth + 1) if engine.parameters_of(i)), 0)  # so many units: frozen
-        self._features: tuple[Tensor, Any] | None = None  # what they put out, and the noise there
+        self._frozen_units = next((i for i in range(engine.depth + 1) if engine.parameters_of(i)), 0)
+        self._features: tuple[Tensor, Any] | None = None  # what those put out, and the noise there
         self._kept: list[list[Tensor]] | None = None
         if keep:
             self._kept = [[p.detach().clone() for p in engine.parameters_of(i)]
@@ -119,14 +119,14 @@ class LossOracle:
     def _scores(self) -> Tensor:
         engine, h = self.engine, self.batch.x
         if self._features is None:
-            for i in range(self._trunk):
+            for i in range(self._frozen_units):
                 h = engine.run(i, h, self.batch.context)
-            if self._trunk:
+            if self._frozen_units:
                 self._features = h, engine.mark_noise()
         else:
             h, noise = self._features
             engine.resume_noise(noise)
-        for i in range(self._trunk, engine.depth + 1):
+        for i in range(self._frozen_units, engine.depth + 1):
             h = engine.run(i, h, self.batch.context)
         return h
 
