@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support import a_batch, make_engine, sgd
+from support import a_batch, digits, make_engine, sgd
 
 from onward.algo.perturbation.black_box_tuning import BlackBoxTuning
 from onward.algo.perturbation.evolution import Evolution
-from onward.algo.perturbation.search_spaces import PromptSpace, clipped_deviation
+from onward.algo.perturbation.search_spaces import PromptSpace, SearchSpace, WeightSpace, clipped_deviation
 from onward.data.spec import Batch, DataSpec
 from onward.data.task import Classification, Regression
 from onward.errors import ConfigError, Diverged
@@ -160,6 +160,23 @@ def test_layers_take_turns_and_the_others_stay():
     before = [p.clone() for p in whole.model.parameters()]
     whole.train_step(batch)
     assert not any(torch.equal(a, b) for a, b in zip(before, whole.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_units_below_the_place_that_moves_run_once_a_step_and_change_nothing(dropout, monkeypatch):
+    """Against whole passes: the same weights to the last bit, with the same dropout masks above."""
+    found, runs = [], []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(WeightSpace, "passes", SearchSpace.passes)
+        torch.manual_seed(1)
+        engine = make_engine(BlackBoxTuning(coordinates=10, population=6), mlp(digits()[0], (8, 8), dropout=dropout))
+        for _ in range(3):  # the first block, the second, the readout
+            engine.train_step(a_batch(16))
+        found.append(torch.cat([p.detach().flatten() for p in engine.model.parameters()]))
+        runs.append(engine.ledger["unit_forwards"])
+    assert torch.equal(*found)
+    assert runs == [18 + (1 + 12) + (2 + 6), 3 * 18]
 
 
 def test_the_best_candidate_is_kept_where_asked():

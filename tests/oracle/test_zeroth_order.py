@@ -235,7 +235,7 @@ def test_a_frozen_trunk_runs_once_a_step_and_changes_nothing(mode, noise):
 
 
 def passing_all(oracle: LossOracle) -> LossOracle:
-    oracle._frozen_units = 0
+    oracle._passes.first = 0
     return oracle
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from onward.algo.base.passes import Passes
 from onward.algo.base.rule import Rule, choice
 from onward.algo.base.statistics import held_statistics
 from onward.data.spec import Batch
@@ -28,8 +29,7 @@ class LossOracle:
     ``keep``: restore from a copy of the parameters, exact but as large as they are, instead of by
     subtracting what was added, which rounds. ``masks``: unit by unit, which entries of its parameters, laid end to
     end, a direction may move (None: all). ``units``: those that directions move; set anew between estimates after
-    :meth:`restore`. Units below all that train (a frozen encoder) are run once a step: later queries begin above them,
-    with their output and the state of the noise there, and compute what a whole pass would.
+    :meth:`restore`. Units below all that train (a frozen encoder) are run once a step (:class:`Passes`).
     """
 
     def __init__(self, engine: Engine, batch: Batch, distribution: str, *, keep: bool = False,
@@ -40,8 +40,7 @@ class LossOracle:
         self.base: Tensor | None = None  # the loss at theta, for rules that compare with it
         self._at: list[tuple[str, float] | None] = [None] * (engine.depth + 1)  # where each unit stands
         self._queried = False
-        self._frozen_units = next((i for i in range(engine.depth + 1) if engine.parameters_of(i)), 0)
-        self._features: tuple[Tensor, Any] | None = None  # what those put out, and the noise there
+        self._passes = Passes(engine, batch, next((i for i in range(engine.depth + 1) if engine.parameters_of(i)), 0))
         self._kept: list[list[Tensor]] | None = None
         if keep:
             self._kept = [[p.detach().clone() for p in engine.parameters_of(i)]
@@ -114,21 +113,7 @@ class LossOracle:
     def loss(self) -> Tensor:
         """The loss at the current parameters: one query."""
         with self._query():
-            return self.engine.loss(self._scores(), self.batch)
-
-    def _scores(self) -> Tensor:
-        engine, h = self.engine, self.batch.x
-        if self._features is None:
-            for i in range(self._frozen_units):
-                h = engine.run(i, h, self.batch.context)
-            if self._frozen_units:
-                self._features = h, engine.mark_noise()
-        else:
-            h, noise = self._features
-            engine.resume_noise(noise)
-        for i in range(self._frozen_units, engine.depth + 1):
-            h = engine.run(i, h, self.batch.context)
-        return h
+            return self.engine.loss(self._passes.scores(), self.batch)
 
     def derivative(self, key: str) -> tuple[Tensor, Tensor]:
         """(loss, <grad L, z>) by forward mode, unit after unit: memory does not grow with depth."""

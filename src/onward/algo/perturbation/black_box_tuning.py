@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -163,11 +164,11 @@ class BlackBoxTuning(Rule):
             self.space.prepare(engine, batch)
         place = len(self._told) % len(self.space.sizes)
         search = self.searches()[place]
-        losses = []
+        losses, scores = [], self.space.passes(engine, batch, place)
         with self.space.moved(engine, place) as put:
             for k, z in enumerate(search.ask()):
                 put(torch.from_numpy(z))
-                losses.append(self._query(engine, batch, first=k == 0))
+                losses.append(self._query(engine, batch, scores, first=k == 0))
         told = torch.stack(losses).double().cpu()
         search.tell(told.numpy())
         self._told = torch.cat([self._told, told.unsqueeze(0)])
@@ -175,11 +176,11 @@ class BlackBoxTuning(Rule):
         self.space.settle(engine, place, torch.from_numpy(np.ascontiguousarray(kept)))
         return {"loss": told.mean().to(losses[0]), "best": told.min().to(losses[0])}
 
-    def _query(self, engine: Engine, batch: Batch, first: bool) -> Tensor:
+    def _query(self, engine: Engine, batch: Batch, scores: Callable[[], Tensor], first: bool) -> Tensor:
         """One loss; every candidate meets the step's noise from its start, and running statistics move once."""
         engine.restart_noise()
         with nullcontext() if first else held_statistics(engine.model):
-            return engine.loss(self.space.scores(engine, batch), batch)
+            return engine.loss(scores(), batch)
 
     def predict(self, engine, batch):
         return {"readout": self.space.scores(engine, batch)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from onward.algo.base import Passes
 from onward.data.spec import Batch
 from onward.model.base import Block, Stack
 from onward.model.transformer import Attention
@@ -35,6 +36,10 @@ class SearchSpace(nn.Module):
     def scores(self, engine: Engine, batch: Batch) -> Tensor:
         """Scores of the network as it is tuned now."""
         raise NotImplementedError
+
+    def passes(self, engine: Engine, batch: Batch, place: int) -> Callable[[], Tensor]:
+        """Gives the scores of a batch at every call of a step in which that place alone moves."""
+        return lambda: self.scores(engine, batch)
 
     @contextmanager
     def moved(self, engine: Engine, place: int) -> Iterator:
@@ -89,6 +94,9 @@ class WeightSpace(SearchSpace):
 
     def scores(self, engine, batch):
         return engine.forward(batch)
+
+    def passes(self, engine, batch, place):
+        return Passes(engine, batch, first=self.places[place][0]).scores
 
     @contextmanager
     def moved(self, engine, place):
