@@ -37,9 +37,10 @@ def residual_net(granularity="block"):
 # ------------------------------------------------------------------ the paper's rule, by hand
 
 
-def test_update_on_a_dense_net_is_the_hand_derived_one():
+@pytest.mark.parametrize("kind", ["cross_entropy", "threshold"])
+def test_update_on_a_dense_net_is_the_hand_derived_one(kind):
     """``dG_k = 2 (A y)_k``, layer norm's Jacobian written out, ReLU: no autograd in the derivation."""
-    engine = make_engine(ScalableForwardForward(), widths=(12, 9), dtype=torch.float64)
+    engine = make_engine(ScalableForwardForward(loss=kind), widths=(12, 9), dtype=torch.float64)
     batch = a_batch(16, torch.float64)
     taken = gradients(engine, batch)
     x, rows = batch.x.flatten(1), torch.arange(16)
@@ -49,8 +50,12 @@ def test_update_on_a_dense_net_is_the_hand_derived_one():
         mean, scale = h.mean(1, keepdim=True), (h.var(1, correction=0, keepdim=True) + 1e-5).rsqrt()
         y = (h - mean) * scale
         s = y @ a.T
-        slope = torch.sigmoid(s.square() - 1.0) / 9
-        slope[rows, batch.y] = -torch.sigmoid(1.0 - s[rows, batch.y].square())
+        if kind == "threshold":
+            slope = torch.sigmoid(s.square() - 1.0) / 9
+            slope[rows, batch.y] = -torch.sigmoid(1.0 - s[rows, batch.y].square())
+        else:
+            slope = torch.softmax(s.square(), 1)
+            slope[rows, batch.y] -= 1.0
         ds = slope * 2 * s / 16
         dy = ds @ a
         dh = scale * (dy - dy.mean(1, keepdim=True) - y * (dy * y).mean(1, keepdim=True))
@@ -61,9 +66,10 @@ def test_update_on_a_dense_net_is_the_hand_derived_one():
         x = y
 
 
-def test_update_on_residual_units_is_backpropagation_inside_each():
+@pytest.mark.parametrize("kind", ["cross_entropy", "threshold"])
+def test_update_on_residual_units_is_backpropagation_inside_each(kind):
     """Plain torch: every unit runs on a detached input, its own loss is differentiated through both convolutions."""
-    engine = make_engine(ScalableForwardForward(kernel_size=3), residual_net(), dtype=torch.float64)
+    engine = make_engine(ScalableForwardForward(loss=kind, kernel_size=3), residual_net(), dtype=torch.float64)
     batch = a_batch(8, torch.float64)
     taken = gradients(engine, batch)
     h = batch.x
@@ -71,8 +77,11 @@ def test_update_on_residual_units_is_backpropagation_inside_each():
         a = engine.rule.heads[i].a.weight
         y = F.layer_norm(block(h), block.out_shape)
         g = F.conv2d(y, a, padding=1).square().mean((2, 3))
-        loss = sum(F.softplus(1 - g[n, k]) if k == batch.y[n] else F.softplus(g[n, k] - 1) / 9
-                   for n in range(8) for k in range(10)) / 8
+        if kind == "threshold":
+            loss = sum(F.softplus(1 - g[n, k]) if k == batch.y[n] else F.softplus(g[n, k] - 1) / 9
+                       for n in range(8) for k in range(10)) / 8
+        else:
+            loss = sum((g[n] - g[n, batch.y[n]]).exp().sum().log() for n in range(8)) / 8
         for got, want in zip(taken[f"block{i}"], torch.autograd.grad(loss, [*block.parameters(), a]), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
         if i:

@@ -45,7 +45,7 @@ class DeepSupervision(Rule):
     tier = "Global"
 
     def __init__(self, losses: str = "heads", readout: str = "sum", pool: str = "auto", grid: int = 4,
-                 goodness: str = "projection", loss: str = "threshold", normalisation: str = "auto",
+                 goodness: str = "projection", loss: str = "cross_entropy", normalisation: str = "auto",
                  kernel_size: int = 1, threshold: float = 1.0):
         super().__init__()
         self.losses = choice("algo.losses", losses, ("heads", "heads_and_readout"))
