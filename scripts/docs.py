@@ -170,8 +170,9 @@ def experiments() -> list[dict]:
 
 def figure(entry: dict, nothing: str) -> str:
     """A reported or obtained figure as one cell."""
-    seeds = entry.get("seeds", [])
-    return f"{entry['figure']}{f' ({counted(len(seeds))})' if seeds else ''}" if entry else nothing
+    seeds, failed = entry.get("seeds", []), len(entry.get("failed_seeds", []))
+    note = f" ({counted(len(seeds))}{f', {failed} failed' if failed else ''})" if seeds else ""
+    return f"{entry['figure']}{note}" if entry else nothing
 
 
 def counted(seeds: int) -> str:

@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CURVE_POINTS = 8
 FOLDER, QUICK_FOLDER = "reproduce", "reproduce-quick"
 QUICK_EPOCHS, QUICK_SAMPLES = 2, 2000
-DONE = "reproduced.json"
+DONE, FAILED = "reproduced.json", "failed.json"
 
 
 # ---------------------------------------------------------------------- running
@@ -157,11 +157,16 @@ def shown(value: float, metric: str) -> str:
 
 
 def collect(folder: Path, command: str, now: str) -> dict | None:
-    """The ``obtained:`` block of all seeds that finished in a folder with these settings; None if none did."""
-    seeds, tests, seconds, commits, machines = [], [], [], set(), set()
+    """The ``obtained:`` block of all seeds that finished in a folder with these settings; None if none did.
+
+    Seeds that failed, as by divergence, are named in it: a mean over those that did not would flatter the rule.
+    """
+    seeds, failed, tests, seconds, commits, machines = [], [], [], [], set(), set()
     metric, others, curve, extras = "", {}, [], []
     for place in sorted(folder.glob("seed*"), key=lambda p: int(p.name.removeprefix("seed"))):
         if not (place / DONE).exists():
+            if (place / FAILED).exists() and settings_of(place) == now:
+                failed.append(int(place.name.removeprefix("seed")))
             continue
         if settings_of(place) != now:
             print(f"left out: {place} was made with other settings than the experiment has now")
@@ -186,10 +191,11 @@ def collect(folder: Path, command: str, now: str) -> dict | None:
     obtained = {
         "figure": f"{figure.removesuffix(' %')}{spread}{' %' if figure.endswith(' %') else ''}",
         "seeds": seeds,
+        **({"failed_seeds": failed} if failed else {}),
         f"test_{metric}": [round(t, 5) for t in tests],
         **({"interval_95": [round(found.low, 5), round(found.high, 5)]} if found.low is not None else {}),
         "seconds_per_seed": round(statistics.mean(seconds), 1),
-        "command": shlex.join([*command.split(), "--seeds", ",".join(map(str, seeds)),
+        "command": shlex.join([*command.split(), "--seeds", ",".join(map(str, sorted([*seeds, *failed]))),
                                *(word for extra in extras for word in ("--set", extra))]),
         "commit": ", ".join(sorted(commits)),
         "settings": now[:12],
@@ -285,6 +291,8 @@ def describe(name: str, node: dict, obtained: dict | None, quick: list[str] | No
         interval = f", 95 % interval {shown(found.low, metric)} to {shown(found.high, metric)}" \
             if found.low is not None else ", one seed: no interval"
         seeds = ",".join(map(str, obtained["seeds"]))
+        if obtained.get("failed_seeds"):
+            seeds += f" (failed: {','.join(map(str, obtained['failed_seeds']))})"
         lines += _field("obtained", f"{shown(found.mean, metric)}{interval}; seeds {seeds}; commit "
                                     f"{obtained.get('commit', 'not recorded')}; "
                                     f"{obtained.get('hardware', 'one CPU thread, machine not recorded')}")
@@ -360,8 +368,11 @@ def main() -> int:
             elif (then := settings_of(place)) not in (None, now):
                 print(f"{place} was made with other settings: it is moved to {set_aside(place, then)}, and run anew")
             if not (place / DONE).exists():
+                (place / FAILED).unlink(missing_ok=True)
                 code = run(name, seed, place, outputs, extra, at)
                 if code != 0:
+                    if place.is_dir():
+                        (place / FAILED).write_text(json.dumps({"exit_code": code}), encoding="utf-8")
                     failed.append(f"{name} seed {seed}: exit code {code}")
         made = collect(folder, f"python scripts/reproduce.py {name}", now) if runs or args.collect else None
         if made is not None and not args.quick:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,16 +150,31 @@ def test_changed_values_stand_in_the_recorded_command(reproduce):
     assert command == "python scripts/reproduce.py someone2020_digits --seeds 0 --set optimizer.lr=0.5"
 
 
-def test_a_failed_seed_is_said_and_the_others_are_recorded(reproduce, monkeypatch, capsys):
+def test_a_failed_seed_stands_beside_the_others_until_it_is_made(reproduce, monkeypatch, capsys):
+    bad = {1}
+
     def run(name, seed, folder, outputs, extra, at):
-        if seed != 1:
-            finish(folder, 0.97, extra, reproduce.file)
-        return 3 if seed == 1 else 0
+        assert not (folder / "failed.json").exists()
+        shutil.rmtree(folder, ignore_errors=True)
+        finish(folder, 0.97, extra, reproduce.file)
+        if seed in bad:
+            (folder / "reproduced.json").unlink()
+        return 3 if seed in bad else 0
 
     monkeypatch.setattr(reproduce, "run", run)
     assert reproduce.call("someone2020_digits") == 1
-    assert "error: someone2020_digits seed 1: exit code 3" in capsys.readouterr().err
-    assert yaml.safe_load(reproduce.file.read_text())["obtained"]["seeds"] == [0, 2]
+    told = capsys.readouterr()
+    assert "error: someone2020_digits seed 1: exit code 3" in told.err
+    assert "seeds 0,2 (failed: 1)" in told.out
+    obtained = yaml.safe_load(reproduce.file.read_text())["obtained"]
+    assert (obtained["seeds"], obtained["failed_seeds"]) == ([0, 2], [1])
+    assert obtained["command"].endswith("--seeds 0,1,2")
+    assert script("docs").figure(obtained, "") == "97.00 +- 0.00 % (2 seeds, 1 failed)"
+
+    bad.clear()
+    assert reproduce.call("someone2020_digits") == 0
+    obtained = yaml.safe_load(reproduce.file.read_text())["obtained"]
+    assert obtained["seeds"] == [0, 1, 2] and "failed_seeds" not in obtained
 
 
 @pytest.mark.parametrize(("reported", "metric", "values", "word"), [
