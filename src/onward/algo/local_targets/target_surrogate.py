@@ -45,8 +45,8 @@ class TargetSurrogate(Rule):
         equation=r"q_t(\theta) = \mathcal L(z_t) + \left\langle \nabla_z \mathcal L(z_t),\, z(\theta) - z_t "
                  r"\right\rangle + \frac{1}{2 \eta N} \lVert z(\theta) - z_t \rVert^2, \quad "
                  r"\theta \leftarrow \theta - \alpha \nabla q_t(\theta) \;\; (m \text{ times})",
-        differs="Inner steps are the configured optimizer's, without the paper's line search; eta is constant and "
-                "given, per row; the MuJoCo imitation tasks are not there.",
+        differs="Inner steps are the configured optimizer's (Adam unless said), without the paper's line search; eta "
+                "is constant and given, per row; the MuJoCo imitation tasks are not there.",
     )
     tier = "Global"
     eager = True  # an inner step must be written before the next one
