@@ -47,3 +47,11 @@ def test_inner_steps_reach_more_at_equal_calls_of_the_loss(inner_steps, margin):
     backprop = max(accuracy(train(make_engine(Backprop(), optimizer=sgd(lr)), epochs=5)) for lr in (0.1, 0.5))
     assert surrogate >= 0.9
     assert surrogate - backprop >= margin
+
+
+def test_surrogates_learn_by_their_defaults_in_few_calls_of_the_loss():
+    surrogate, backprop, frozen = (accuracy(train(make_engine(rule, optimizer=adam(1e-3)), epochs=2))
+                                   for rule in (TargetSurrogate(), Backprop(), FrozenTrunk()))
+    assert surrogate >= 0.9
+    assert surrogate - backprop >= 0.25
+    assert surrogate - frozen >= 0.6
