@@ -59,6 +59,8 @@ class Rule(nn.Module):
     physical: ClassVar[bool] = False
     # True: it trains whatever parameters the blocks have, be it none or some of a layer's, as model/tuning leaves them
     tunes: ClassVar[bool] = False
+    # buffers that the first update sets for good by comparing losses: in float32 a processor's rounding decides them
+    chosen_once: ClassVar[tuple[str, ...]] = ()
 
     def supports(self, model: Stack, spec: DataSpec, hardware: Hardware) -> str | None:
         """None, or one sentence saying why this combination means nothing. Called before setup."""

@@ -62,6 +62,7 @@ class DeepZero(Rule):
     )
     tier = "Perturbation"
     eager = True
+    chosen_once = ("kept",)
 
     def __init__(self, mu: float = 5e-3, mode: str = "forward", budget: int | None = 64, sparsity: float | None = None,
                  shares: str = "zo_grasp", score_directions: int = 32, redraw: int = 20, reuse: bool = True,
