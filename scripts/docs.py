@@ -518,7 +518,6 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder (default: docs/ of the checkout)")
     args = parser.parse_args()
-    logging.getLogger("onward").setLevel(logging.ERROR)  # of small samples, composed to be looked at
     wanted = pages()
     changed = stale(wanted, args.out)
     if args.check:
@@ -536,4 +535,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("onward").setLevel(logging.ERROR)  # of small samples, composed to be looked at
     main()

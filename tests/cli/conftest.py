@@ -44,14 +44,15 @@ class Calls:
 
 
 @pytest.fixture(autouse=True)
-def _no_log_handler_left():
-    """A run sets up logging for its process; the next test's streams are others."""
+def _logging_as_before():
+    """A run sets up logging for its process; the next test's streams are others, and its levels its own."""
     loggers = [logging.getLogger(), logging.getLogger("onward")]
-    before = [list(logger.handlers) for logger in loggers]
+    before = [(list(logger.handlers), logger.level) for logger in loggers]
     yield
-    for logger, handlers in zip(loggers, before, strict=True):
+    for logger, (handlers, level) in zip(loggers, before, strict=True):
         for handler in set(logger.handlers) - set(handlers):
             logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import subprocess
@@ -119,7 +120,7 @@ def test_an_experiment_in_full(docs):
 
 
 def test_check_notices_a_changed_a_missing_and_a_foreign_page(docs, pages, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "docs"
+    folder, level = tmp_path / "docs", logging.getLogger("onward").level
     monkeypatch.setattr(docs, "pages", lambda: pages)
 
     def run(*words: str) -> str:
@@ -143,3 +144,4 @@ def test_check_notices_a_changed_a_missing_and_a_foreign_page(docs, pages, tmp_p
     assert run() == "" and run("--check") == ""
     assert not (folder / "rules" / "gone.md").exists()
     assert f"{len(pages)} pages" in capsys.readouterr().out
+    assert logging.getLogger("onward").level == level  # set for the process by whoever is one: not by main()
