@@ -535,5 +535,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("onward").setLevel(logging.ERROR)  # of small samples, composed to be looked at
+    logging.getLogger("onward").setLevel(logging.ERROR)  # warnings would be of the small samples measured here
     main()
